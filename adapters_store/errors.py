@@ -1,0 +1,89 @@
+"""Errors of the adapter store. Each carries the HTTP status and the OpenAI error code it becomes.
+
+AdapterError                        500 adapter_error
+├── AdapterNotFound                 404 model_not_found       no such name under any source
+├── AdapterInvalid                  422 adapter_invalid       the files are wrong, with the file or tensor named
+│   ├── AdapterCorrupt              422 adapter_corrupt       truncated, not safetensors, checksum differs
+│   ├── AdapterMismatch             422 adapter_mismatch      made for another base: shape, site, vocabulary
+│   └── AdapterUnsupported          422 adapter_unsupported   a feature that is not served, by name
+├── AdapterTooLarge                 422 adapter_too_large     a limit of this server: rank, bytes
+└── AdapterUnavailable              503 adapter_unavailable   may work later: torn read, worker crash, I/O
+"""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """Something is wrong with one adapter; other adapters and requests are untouched."""
+
+    http_status = 500
+    code = "adapter_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class AdapterNotFound(AdapterError):
+    """No configured source has an adapter of that name (or the name is outside the grammar)."""
+
+    http_status = 404
+    code = "model_not_found"
+
+
+class AdapterInvalid(AdapterError):
+    """The adapter's own files are wrong."""
+
+    http_status = 422
+    code = "adapter_invalid"
+
+
+class AdapterCorrupt(AdapterInvalid):
+    """Bytes that cannot be what they claim: truncated, not safetensors, a checksum that differs."""
+
+    code = "adapter_corrupt"
+
+
+class AdapterMismatch(AdapterInvalid):
+    """A sound adapter for another base: a shape, a module or a vocabulary that this base lacks."""
+
+    code = "adapter_mismatch"
+
+
+class AdapterUnsupported(AdapterInvalid):
+    """A PEFT feature that this server does not serve; the message names it."""
+
+    code = "adapter_unsupported"
+
+
+class AdapterTooLarge(AdapterError):
+    """The adapter exceeds a limit of this server; the message has the figure and the limit."""
+
+    http_status = 422
+    code = "adapter_too_large"
+
+
+class AdapterUnavailable(AdapterError):
+    """The attempt failed for a reason that may pass; trying again can help."""
+
+    http_status = 503
+    code = "adapter_unavailable"
+
+
+def adapter_error(code: str, message: str) -> AdapterError:
+    """The error of `code`, for one that crossed a process boundary as (code, message)."""
+    return _BY_CODE.get(code, AdapterError)(message)
+
+
+_BY_CODE: dict[str, type[AdapterError]] = {
+    error.code: error
+    for error in (
+        AdapterNotFound,
+        AdapterInvalid,
+        AdapterCorrupt,
+        AdapterMismatch,
+        AdapterUnsupported,
+        AdapterTooLarge,
+        AdapterUnavailable,
+    )
+}

@@ -1,0 +1,145 @@
+"""What crosses the process boundary between API and engine. msgspec structs only, no torch, no text."""
+
+from __future__ import annotations
+
+import msgspec
+
+from adapters_store.ref import AdapterRef
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request is sampled. Validated by the API; the engine trusts it."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    seed: int = 0  # always set: drawn at arrival when the client gives none
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()  # the client's; end the request and are kept in the output
+    ignore_eos: bool = False
+
+
+# --- API -> engine ---------------------------------------------------------------------------------------
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A new request. With `pending` set it waits for AdapterReady/AdapterFailed of that key."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    adapter: AdapterRef | None = None
+    pending: str | None = None
+    cache_salt: str = ""
+    arrival_s: float = 0.0  # time.time() at arrival in the API
+
+
+class AdapterReady(msgspec.Struct, frozen=True, tag=True):
+    """The image behind `key` is on disk; requests pending it may be scheduled."""
+
+    key: str
+    ref: AdapterRef
+
+
+class AdapterFailed(msgspec.Struct, frozen=True, tag=True):
+    """The image behind `key` will not come; requests pending it end with this error."""
+
+    key: str
+    status: int
+    code: str
+    message: str
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """The clients of these requests are gone (or a stop string was found)."""
+
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Abort everything and exit 0."""
+
+
+ToEngine = AddRequest | AdapterReady | AdapterFailed | Abort | Shutdown
+
+# --- engine -> API ---------------------------------------------------------------------------------------
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The engine serves; what was resolved at start."""
+
+    manifest_path: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_kv_blocks: int
+    block_size: int
+    adapter_bytes: int
+    weights_bytes: int
+    facts: tuple[tuple[str, str], ...] = ()  # (label, value) lines of the start banner
+
+
+class RequestError(msgspec.Struct, frozen=True):
+    """Why a request ended without (more) output."""
+
+    status: int
+    code: str
+    message: str
+    retry_after_s: int | None = None
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step did for one request. The one with `finish_reason` set is its terminal event.
+
+    finish_reason: "stop" (eos or a stop id; the id is the last of token_ids), "length", "abort", "error".
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+    stop_token_id: int | None = None  # set when a stop id of the client, not an eos, ended it
+    error: RequestError | None = None
+    num_cached_tokens: int | None = None  # with the first output: prompt tokens taken from the prefix cache
+    phases: dict[str, float] | None = None  # with the first output: seconds by phase, engine side
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts after a step, for metrics. Counters are totals since start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    kv_usage: float = 0.0  # share of KV blocks in use, 0..1
+    rows: int = 0
+    adapter_rows: int = 0
+    distinct_adapters: int = 0
+    step_s: float = 0.0
+    prefix_queries: int = 0  # tokens asked of the prefix cache, total
+    prefix_hits: int = 0  # tokens found there, total
+    preemptions: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    resident_adapters: int = 0
+    adapter_bytes_used: int = 0
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True):
+    """All that one step produced: one message a step, never one a token."""
+
+    outputs: list[RequestOutput]
+    stats: StepStats
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine is about to exit non-zero; or could not start."""
+
+    message: str
+
+
+FromEngine = EngineReady | StepOutputs | EngineFailed

@@ -1,0 +1,76 @@
+"""One request inside the engine: token ids, what is computed, what it holds. No torch."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from adapters_store.ref import AdapterRef
+from server.engine.messages import RequestError, SamplingParams
+
+
+class RequestState(enum.Enum):
+    PENDING = "pending"  # its adapter's image is not on disk yet
+    WAITING = "waiting"  # may be scheduled when there is room
+    RUNNING = "running"  # owns blocks and, with an adapter, a ref on its slot
+    FINISHED = "finished"  # its terminal event was produced
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """State of one request.
+
+        token_ids:  [ prompt ................ | output ...... ]
+                      num_computed ──────▶ (KV is written and collected up to here)
+                      num_scheduled ─────────▶ (… plus what is dispatched but not collected)
+
+    Set at arrival and never changed: request_id, num_prompt, params, cache_salt, arrival_s, pending_key.
+    Set by the scheduler: everything else, unless a field says otherwise.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt: int
+    params: SamplingParams
+    cache_salt: str = ""
+    arrival_s: float = 0.0  # engine's monotonic clock
+    pending_key: str | None = None
+    adapter: AdapterRef | None = None  # set once, at arrival or by AdapterReady; kept to the end
+
+    state: RequestState = RequestState.WAITING
+    num_computed: int = 0
+    num_scheduled: int = 0
+    blocks: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, kept by the block pool
+    slot: int = 0  # device slot while it holds a ref; 0 = base
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_preemptions: int = 0
+    num_skips: int = 0  # times passed over while later requests were admitted (ageing)
+    is_in_flight: bool = False  # rows of it are in a dispatched, not yet collected step
+    abort_requested: bool = False
+    finish_reason: FinishReason | None = None
+    error: RequestError | None = None
+    adapter_wait_s: float = 0.0  # when it was first held back by LOADING/FULL (0 = never)
+    first_scheduled_s: float = 0.0
+    penalty_state: object | None = None  # the sampler's own, made at first use
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens known but neither computed nor dispatched."""
+        return len(self.token_ids) - self.num_scheduled
+
+    @property
+    def adapter_key(self) -> str:
+        """Image key; "" for the base."""
+        return self.adapter.image_key if self.adapter is not None else ""
