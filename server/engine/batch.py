@@ -27,6 +27,11 @@ class ScheduledRequest:
         return self.num_tokens == 1 and self.samples and self.start > 0
 
 
+def row_order(item: ScheduledRequest) -> tuple[bool, int]:
+    """Sort key of a step's items: decodes first, then by slot; equal ones stay in the scheduler's order."""
+    return not item.is_decode, item.request.slot
+
+
 @dataclass(slots=True)
 class StepPlan:
     """What Scheduler.schedule() decided. `ended` are requests that reached a terminal state without a row."""

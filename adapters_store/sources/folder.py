@@ -1,0 +1,97 @@
+"""Looking at and reading the files of one adapter folder, never through a symlink that leads out of the root."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from adapters_store.errors import AdapterUnavailable
+from adapters_store.ref import FileVersion
+from adapters_store.vocabulary import ADDED_TOKENS_FILE, TOKENIZER_FILE
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+READ_FILES = (CONFIG_FILE, WEIGHTS_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE)
+"""What the compiler reads; the digest is over these."""
+NOTED_FILES = (*READ_FILES, PICKLE_FILE)
+"""What a SourceVersion records. The pickle is never opened; it is noted so that it can be refused by name."""
+
+
+class FileChanged(Exception):
+    """A file is no longer the one that was noted."""
+
+
+def real_path_below(root: str, path: str) -> str | None:
+    """The real path of `path` when it is the real path `root` or lies below it, else None."""
+    real = os.path.realpath(path)
+    return real if real == root or real.startswith(root.rstrip(os.sep) + os.sep) else None
+
+
+def note_files(root: str, folder: str) -> tuple[FileVersion, ...] | None:
+    """The files of an adapter folder as they are now, or None when it is no adapter folder below the real path `root`.
+
+    None too when one of the files is a symlink out of the root or is not a regular file.
+    """
+    real_folder = real_path_below(root, folder)
+    if real_folder is None:
+        return None
+    noted = []
+    for name in NOTED_FILES:
+        path = os.path.join(real_folder, name)
+        status = _status(path)
+        if status is None:
+            continue
+        if stat.S_ISLNK(status.st_mode):
+            real = real_path_below(root, path)
+            status = _status(real) if real is not None else None
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return None
+        noted.append(_version(name, status))
+    return tuple(noted) if any(file.name == CONFIG_FILE for file in noted) else None
+
+
+def read_file(root: str, folder: str, expected: FileVersion) -> memoryview:
+    """All bytes of a noted file; FileChanged when it is another one now, AdapterUnavailable when it can't be read."""
+    real = real_path_below(root, os.path.join(folder, expected.name))
+    if real is None:
+        raise FileChanged(expected.name)
+    try:
+        # the real path has no symlinks left: O_NOFOLLOW and the look at what was opened guard the moment between
+        descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise FileChanged(expected.name) from None
+    except OSError as error:
+        raise AdapterUnavailable(f"{expected.name} can't be opened: {error.strerror}") from error
+    with open(descriptor, "rb", buffering=0) as file:
+        if not _is_opened_below(root, descriptor) or _version(expected.name, os.fstat(descriptor)) != expected:
+            raise FileChanged(expected.name)
+        content = memoryview(bytearray(expected.size))
+        filled = 0
+        while filled < expected.size:
+            count = file.readinto(content[filled : filled + (64 << 20)])
+            if not count:
+                raise FileChanged(expected.name)
+            filled += count
+    return content.toreadonly()
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise AdapterUnavailable(f"{os.path.basename(path)} can't be looked at: {error.strerror}") from error
+
+
+def _version(name: str, status: os.stat_result) -> FileVersion:
+    # inode and change time: two files of one size with one (reset) mtime, swapped by a symlink, still differ
+    tag = f"{status.st_ino:x}-{status.st_ctime_ns:x}"
+    return FileVersion(name, status.st_size, status.st_mtime_ns, tag)
+
+
+def _is_opened_below(root: str, descriptor: int) -> bool:
+    link = f"/proc/self/fd/{descriptor}"
+    return not os.path.lexists(link) or real_path_below(root, os.readlink(link)) is not None

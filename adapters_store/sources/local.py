@@ -1,0 +1,78 @@
+"""A folder of adapters: every folder below it that has an adapter_config.json is an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from adapters_store.ref import FileVersion, SourceVersion, is_adapter_name
+from adapters_store.sources.folder import CONFIG_FILE, FileChanged, note_files, read_file, real_path_below
+
+
+class LocalSource:
+    """The adapters below `root`, named by their path from it. Nothing outside the root is ever opened.
+
+    A root that is itself an adapter folder is served under the folder's own name as well.
+    Blocking; callers on an event loop use a thread.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))
+
+    @property
+    def source(self) -> str:
+        """The id that this source's SourceVersions carry."""
+        return str(self.root)
+
+    def resolve(self, name: str) -> SourceVersion | None:
+        """What `name` points to now, or None. A symlink may lead elsewhere below the root, never out of it."""
+        if not is_adapter_name(name):
+            return None
+        root = os.path.realpath(self.root)
+        for folder in self._folders(name):
+            if real_path_below(root, str(folder)) is None:
+                continue
+            files = note_files(root, str(folder))
+            if files is not None:
+                return SourceVersion(self.source, name, str(folder), files)
+        return None
+
+    def _folders(self, name: str) -> Iterator[Path]:
+        if name == self.root.name:
+            yield self.root
+        yield self.root / name
+
+    def read(self, version: SourceVersion, file: FileVersion) -> memoryview:
+        """All bytes of `file` of `version`; FileChanged when the file is another one by now."""
+        return read_file(os.path.realpath(self.root), version.path, file)
+
+    def names(self) -> list[str]:
+        """The names of all adapters below the root now, sorted.
+
+        Folders outside the name grammar and folders that can't be listed are skipped.
+        """
+        found = set(self._walk(os.path.realpath(self.root), str(self.root), "", frozenset()))
+        if (self.root / CONFIG_FILE).is_file() and is_adapter_name(self.root.name):
+            found.add(self.root.name)
+        return sorted(found)
+
+    def _walk(self, root: str, folder: str, name: str, above: frozenset[str]) -> Iterator[str]:
+        """Adapter names at and below `folder`; `above` holds the real folders on the way, so that no link loops."""
+        real = real_path_below(root, folder)
+        if real is None or real in above:
+            return
+        if name and os.path.isfile(os.path.join(folder, CONFIG_FILE)):
+            yield name
+        try:
+            with os.scandir(folder) as entries:
+                below = [entry.name for entry in entries if entry.is_dir()]
+        except OSError:
+            return
+        for part in below:
+            child = f"{name}/{part}" if name else part
+            if is_adapter_name(child):
+                yield from self._walk(root, os.path.join(folder, part), child, above | {real})
+
+
+__all__ = ["FileChanged", "LocalSource"]

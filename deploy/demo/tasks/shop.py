@@ -1,0 +1,52 @@
+"""The made-up shop that the demo is about: its customers, cities and goods, as slot values."""
+
+from random import Random
+
+from deploy.demo.tasks.example import Pool, Split
+
+FIRST_NAMES = Pool(
+    train=tuple(
+        "Ada Amir Anna Bela Boris Carla Chen Clara David Diego Elena Emil Fatima Felix Frida Georg Gita "
+        "Hanna Hugo Ines Ivan Jakob Jana Juan Karim Karin Leo Lina Lucas Maja Marco Maria Mei Milo Nadia "
+        "Nils Nora Omar Paula Pedro Petra Rahul Rosa Samir Sara Simon Sofia Tariq Tessa Tom Uma Vera Viktor "
+        "Wanda Yara Yusuf Zoe Olivia James Emma Noah Grace".split()
+    ),
+    heldout=tuple("Priya Mateo Ingrid Kofi Astrid Luca Amara Dmitri Sakura Owen Leila Henrik Bianca Theo".split()),
+)
+LAST_NAMES = Pool(
+    train=tuple(
+        "Adler Ahmed Almeida Bauer Becker Brown Castro Cohen Costa Diaz Dubois Evans Fischer Garcia Haddad "
+        "Hansen Ito Jensen Jones Kaya Keller Khan Kim Kowalski Larsen Lee Lopez Martin Meyer Miller Moreau "
+        "Nguyen Novak Okafor Patel Perez Petrov Rossi Sato Schmidt Silva Singh Smith Torres Weber Wilson".split()
+    ),
+    heldout=tuple("Nair Lindqvist Mensah Romano Ferreira Volkov Tanaka Whitfield Farahani Dahl Conti Rojas".split()),
+)
+CITIES = Pool(
+    train=tuple(
+        "Amsterdam Athens Barcelona Berlin Boston Bristol Brussels Cairo Chicago Copenhagen Denver Dresden "
+        "Geneva Hamburg Helsinki Istanbul Krakow Lagos London Lyon Madrid Milan Montreal Munich Nairobi Naples "
+        "Paris Porto Prague Quito Rome Rotterdam Seattle Seville Stockholm Sydney Tokyo Vienna Warsaw".split()
+    )
+    + ("Cape Town", "New York", "San Diego"),
+    heldout=("Lisbon", "Oslo", "Dublin", "Zurich", "Toronto", "Bergen", "Marseille", "Kyoto", "Valencia"),
+)
+# Singular in the database, plural (+s) in a customer's message.
+ITEMS = Pool(
+    train=(
+        "anchor", "bell", "blue mug", "brass lamp", "canvas bag", "sextant", "cork mat", "deck chair", "desk lamp",
+        "fishing rod", "garden hose", "glass bottle", "hammock", "ink pen", "iron hook", "kettle", "leather belt",
+        "life jacket", "linen shirt", "logbook", "oak table", "oil lantern", "paddle", "paint roller", "pillow",
+        "pine shelf", "rain jacket", "red scarf", "rope ladder", "rubber boot", "sail", "sea chart", "signal flag",
+        "silver spoon", "steel bolt", "straw hat", "tea pot", "tent", "toolbox", "wine jug", "wooden crate",
+    ),
+    heldout=(
+        "wool blanket", "copper pan", "storm lantern", "folding chair", "clay bowl", "winter coat", "paper map",
+        "brass sextant", "canvas tent", "bicycle pump", "cotton towel",
+    ),
+)  # fmt: skip
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+
+
+def draw_name(rng: Random, split: Split) -> str:
+    """A full name; held-out names share neither the first nor the last name with training."""
+    return f"{FIRST_NAMES.draw(rng, split)} {LAST_NAMES.draw(rng, split)}"

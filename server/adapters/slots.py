@@ -1,0 +1,394 @@
+"""The device arena's bookkeeping: which adapter image is where, who uses it, who may go. No torch.
+
+    image:   absent ──start──▶ LOADING ──poll──▶ READY ──evict / drop──▶ absent
+                                  └──failed──▶ absent (not remembered: the next acquire tries again)
+
+A READY image with refs is never touched. One without is idle: least recently used first, it is
+evicted for a newcomer, or moved to close a gap. All calls come from the engine thread, between steps;
+a ref is released only after the last step that used it was collected, so no step in flight ever reads
+a region that is freed, moved or loaded into here.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from adapters_store.errors import AdapterTooLarge
+from adapters_store.ref import AdapterRef
+from server.adapters.regions import Regions, region_bytes
+from server.errors import ConfigError
+
+SOFT_PIN_S = 5.0
+
+
+class Acquire(enum.Enum):
+    READY = "ready"  # one ref was taken
+    LOADING = "loading"  # a load was started or runs; ask again
+    FULL = "full"  # what is in use, loading or just loaded leaves no room; ask again
+
+
+class SlotDevice(Protocol):
+    """The memory behind the bookkeeping; see arena.py."""
+
+    def load(self, ref: AdapterRef, slot: int, offset_bytes: int) -> Future[None]:
+        """Begin to copy the image to its region, on another thread; done means that it was verified."""
+
+    def commit(self, ref: AdapterRef, slot: int, offset_bytes: int) -> None:
+        """Write the slot's table rows. Cannot fail: what can go wrong went wrong in the load."""
+
+    def clear(self, slot: int) -> None:
+        """Make every site of the slot absent. Also called for slots that were never committed."""
+
+    def move(self, ref: AdapterRef, slot: int, old_offset: int, new_offset: int, nbytes: int) -> None:
+        """Move a committed image (the ranges may overlap) and rewrite its table rows."""
+
+
+@dataclass(slots=True, eq=False)
+class _Image:
+    """An image in the arena. `slot`, `nbytes` (of its region) never change; `offset` only while idle."""
+
+    ref: AdapterRef
+    slot: int
+    offset: int
+    nbytes: int
+    load: Future[None] | None  # None = READY
+    refs: int = 0
+    pinned_until: float = 0.0  # while idle: not evicted before this time
+    is_prefetched: bool = False  # asked for by prefetch only: counts against the bound on prefetches
+    is_dropped: bool = False  # goes as soon as it is neither loading nor in use
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+@dataclass(slots=True, eq=False)
+class _Gap:
+    """The bytes between two regions that can't be moved, with the idle images in it, ascending."""
+
+    low: int
+    high: int
+    idle: list[_Image]
+    free: int = 0
+    victims: list[_Image] = field(default_factory=list)
+
+
+class AdapterSlots:
+    """Slots 1 .. max_slots - 1 over an arena of bytes. Slot 0 is "no adapter". Identity is the image key.
+
+    Soft pins keep what was just loaded from being evicted before the request that asked for it comes
+    round (else two waiting adapters evict each other for ever), and never block for long:
+    - a pin lasts `soft_pin_s` from the end of the load, or until the first acquire;
+    - prefetches together pin at most half the bytes and half the slots;
+    - while an acquire was answered FULL within the last `soft_pin_s`, nothing is prefetched.
+    """
+
+    def __init__(
+        self,
+        *,
+        arena_bytes: int,
+        max_slots: int,
+        device: SlotDevice,
+        clock: Callable[[], float] = time.monotonic,
+        soft_pin_s: float = SOFT_PIN_S,
+    ) -> None:
+        if max_slots < 2:
+            raise ConfigError(f"max_slots is {max_slots}; adapters need at least 2 (slot 0 is the base's)")
+        self._device = device
+        self._clock = clock
+        self._soft_pin_s = soft_pin_s
+        self._max_slots = max_slots
+        self._regions = Regions(arena_bytes)
+        self._images: dict[str, _Image] = {}  # by image key
+        self._by_slot: dict[int, _Image] = {}
+        self._loading: dict[str, _Image] = {}  # in order of start
+        self._idle: dict[str, _Image] = {}  # READY, no refs, not dropped; least recently used first
+        self._idle_bytes = 0
+        # first in, first out: a freed id comes back last, so a stale one meets an absent slot
+        self._free_slots = deque(range(1, max_slots))
+        self._unmet_until = 0.0  # no prefetch before: an acquire was answered FULL
+        self.loads = 0
+        self.evictions = 0
+        self.moved_bytes = 0
+
+    # --- what the scheduler calls ------------------------------------------------------------------------
+
+    def acquire(self, ref: AdapterRef) -> tuple[Acquire, int]:
+        """READY takes one ref and gives its slot; otherwise the slot is 0 and nothing is held. Never blocks.
+
+        Raises AdapterTooLarge when the image can't fit into the empty arena.
+        """
+        image = self._images.get(ref.image_key)
+        if image is None:
+            image = self._start(ref)
+        if image is None:
+            self._unmet_until = self._clock() + self._soft_pin_s
+            return Acquire.FULL, 0
+        image.is_prefetched = False
+        if image.load is not None:
+            return Acquire.LOADING, 0
+        self._leave_idle(image)
+        image.refs += 1
+        return Acquire.READY, image.slot
+
+    def release(self, slot: int) -> None:
+        """Drop one ref. Call it only after the last step that used the slot was collected."""
+        image = self._by_slot.get(slot)
+        assert image is not None and image.refs > 0, f"slot {slot} is released more often than acquired"
+        image.refs -= 1
+        if image.refs == 0 and image.is_dropped:
+            self._forget(image)
+        elif image.refs == 0:
+            self._become_idle(image)
+
+    def prefetch(self, ref: AdapterRef) -> None:
+        """Start a load that a waiting request will ask for, or pin its idle image; not under pressure."""
+        now = self._clock()
+        image = self._images.get(ref.image_key)
+        if now < self._unmet_until or (image is not None and ref.image_key not in self._idle):
+            return
+        if not self._may_prefetch(ref, now):
+            return
+        if image is None:
+            image = self._start(ref)
+        else:
+            self._leave_idle(image)
+            self._become_idle(image)
+            image.pinned_until = now + self._soft_pin_s
+        if image is not None:
+            image.is_prefetched = True
+
+    def poll(self) -> list[tuple[str, Exception]]:
+        """Make finished loads READY; returns (image key, error) of failed ones. Call it before schedule()."""
+        failed: list[tuple[str, Exception]] = []
+        for key, image in list(self._loading.items()):
+            if image.load is None or not image.load.done():
+                continue
+            error = image.load.exception()
+            image.load = None
+            del self._loading[key]
+            if isinstance(error, Exception):
+                failed.append((key, error))
+            if error is not None or image.is_dropped:
+                self._forget(image)
+            else:
+                self._make_ready(image)
+        return failed
+
+    def drop(self, image_key: str) -> bool:
+        """Forget an image: an idle one now (True), one in use or loading as soon as it is neither (False)."""
+        image = self._images.get(image_key)
+        if image is None:
+            return False
+        if image_key in self._idle:
+            self._forget(image)
+            return True
+        image.is_dropped = True
+        return False
+
+    def holds(self, slot: int, image_key: str) -> bool:
+        """Whether `slot` is in use and holds that image: what a batch asserts of each of its rows."""
+        image = self._by_slot.get(slot)
+        return image is not None and image.refs > 0 and image.ref.image_key == image_key
+
+    # --- what it holds -----------------------------------------------------------------------------------
+
+    @property
+    def resident(self) -> int:
+        """READY images."""
+        return len(self._images) - len(self._loading)
+
+    @property
+    def num_loading(self) -> int:
+        return len(self._loading)
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of all regions, loading ones included."""
+        return self._regions.used_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._regions.capacity
+
+    def residents(self) -> Iterator[tuple[int, AdapterRef, int]]:
+        """(slot, ref, offset) of each READY image."""
+        return (
+            (image.slot, image.ref, image.offset) for image in self._images.values() if image.load is None
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that the books agree with each other: regions, slots, refs, idle and loading sets."""
+        images = self._images.values()
+        self._regions.check({image.offset: image.nbytes for image in images})
+        assert len({image.offset for image in images}) == len(images), "two images share a region"
+        assert self._by_slot == {image.slot: image for image in images}, "two images share a slot"
+        slots = sorted([*self._by_slot, *self._free_slots])
+        assert slots == list(range(1, self._max_slots)), f"slots lost or doubled: {slots}"
+        assert self._loading == {i.ref.image_key: i for i in images if i.load is not None}
+        idle = {i.ref.image_key: i for i in images if i.load is None and i.refs == 0}
+        assert self._idle == idle, "an image without refs is not idle, or one with refs is"
+        assert self._idle_bytes == sum(image.nbytes for image in idle.values())
+        for key, image in self._images.items():
+            assert key == image.ref.image_key and image.nbytes == region_bytes(image.ref.data_bytes)
+            assert image.refs >= 0 and (image.load is None or image.refs == 0)
+            assert not image.is_dropped or image.refs > 0 or image.load is not None
+
+    # --- transitions -------------------------------------------------------------------------------------
+
+    def _start(self, ref: AdapterRef) -> _Image | None:
+        """Begin to load an absent image; None, with nothing changed, when there is no room."""
+        nbytes = region_bytes(ref.data_bytes)
+        if nbytes > self._regions.capacity:
+            raise AdapterTooLarge(
+                f"adapter {ref.name!r} takes {nbytes} bytes on the device and the adapter memory is "
+                f"{self._regions.capacity} bytes; raise --adapter-memory"
+            )
+        offset = self._make_room(nbytes, self._clock())
+        if offset is None:
+            return None
+        slot = self._free_slots[0]
+        image = _Image(ref, slot, offset, nbytes, self._device.load(ref, slot, offset))
+        self._free_slots.popleft()
+        self._regions.take(offset, nbytes)
+        self._images[ref.image_key] = self._by_slot[slot] = self._loading[ref.image_key] = image
+        return image
+
+    def _make_ready(self, image: _Image) -> None:
+        self._device.commit(image.ref, image.slot, image.offset)
+        self.loads += 1
+        self._become_idle(image)
+        image.pinned_until = self._clock() + self._soft_pin_s
+
+    def _become_idle(self, image: _Image) -> None:
+        self._idle[image.ref.image_key] = image  # the most recently used comes last
+        self._idle_bytes += image.nbytes
+
+    def _leave_idle(self, image: _Image) -> None:
+        if self._idle.pop(image.ref.image_key, None) is not None:
+            self._idle_bytes -= image.nbytes
+            image.pinned_until = 0.0
+
+    def _forget(self, image: _Image) -> None:
+        """Free the slot and the region of an image that nobody uses and nobody loads."""
+        assert image.refs == 0 and image.load is None, f"slot {image.slot} is in use"
+        self._leave_idle(image)
+        self._device.clear(image.slot)
+        self._regions.free(image.offset)
+        del self._images[image.ref.image_key], self._by_slot[image.slot]
+        self._free_slots.append(image.slot)
+
+    def _evict(self, image: _Image) -> None:
+        self._forget(image)
+        self.evictions += 1
+
+    def _move(self, image: _Image, offset: int) -> None:
+        assert image.refs == 0 and image.load is None, f"slot {image.slot} is in use"
+        self._regions.free(image.offset)
+        self._regions.take(offset, image.nbytes)
+        self._device.move(image.ref, image.slot, image.offset, offset, image.ref.data_bytes)
+        self.moved_bytes += image.ref.data_bytes
+        image.offset = offset
+
+    # --- room --------------------------------------------------------------------------------------------
+
+    def _may_prefetch(self, ref: AdapterRef, now: float) -> bool:
+        """Whether prefetches would pin at most half of everything, this one included."""
+        pinned = [
+            image.nbytes
+            for key, image in self._images.items()
+            if image.is_prefetched
+            and key != ref.image_key
+            and (image.load is not None or image.pinned_until > now)
+        ]
+        is_slot_left = len(pinned) < max(1, (self._max_slots - 1) // 2)
+        return is_slot_left and sum(pinned) + region_bytes(ref.data_bytes) <= self._regions.capacity // 2
+
+    def _make_room(self, nbytes: int, now: float) -> int | None:
+        """The offset of a free region, with a slot free too; None, and nothing changed, if that can't be.
+
+        Moves before it evicts, evicts the least recently used first, and no more than it must.
+        """
+        if self._free_slots and (offset := self._regions.find(nbytes)) is not None:
+            return offset
+        gap = self._choose_gap(nbytes, now)
+        if gap is None:
+            return None
+        if not self._free_slots and not gap.victims:
+            coldest = next(self._evictable(now), None)
+            if coldest is None:
+                return None
+            self._evict(coldest)
+            return self._make_room(nbytes, now)
+        for image in gap.victims:
+            gap.idle.remove(image)
+            elsewhere = self._find_outside(gap, image.nbytes) if self._free_slots else None
+            if elsewhere is None:
+                self._evict(image)
+            else:
+                self._move(image, elsewhere)
+        return self._close_up(gap, nbytes)
+
+    def _evictable(self, now: float) -> Iterator[_Image]:
+        return (image for image in self._idle.values() if image.pinned_until <= now)
+
+    def _choose_gap(self, nbytes: int, now: float) -> _Gap | None:
+        """The gap that first comes to `nbytes` free bytes as idle images go in LRU order, its victims set."""
+        if self._regions.capacity - self._regions.used_bytes + self._idle_bytes < nbytes:
+            return None  # the usual way to be full, asked in each step by each waiting request: stay cheap
+        gaps = self._gaps()
+        chosen = next((gap for gap in gaps if gap.free >= nbytes), None)
+        gap_of = {image.slot: gap for gap in gaps for image in gap.idle}
+        for image in self._evictable(now):
+            if chosen is not None:
+                break
+            gap = gap_of[image.slot]
+            gap.victims.append(image)
+            gap.free += image.nbytes
+            chosen = gap if gap.free >= nbytes else None
+        if chosen is None:
+            return None
+        for image in reversed(chosen.victims[:-1]):  # a large last one may have made earlier ones needless
+            if chosen.free - image.nbytes >= nbytes:
+                chosen.victims.remove(image)
+                chosen.free -= image.nbytes
+        return chosen
+
+    def _gaps(self) -> list[_Gap]:
+        """The arena cut at the regions in use or loading, in address order."""
+        gaps: list[_Gap] = []
+        low, idle = 0, list[_Image]()
+        for image in sorted(self._images.values(), key=lambda image: image.offset):
+            if image.ref.image_key in self._idle:
+                idle.append(image)
+            else:
+                gaps.append(_Gap(low, image.offset, idle))
+                low, idle = image.end, []
+        gaps.append(_Gap(low, self._regions.capacity, idle))
+        for gap in gaps:
+            gap.free = gap.high - gap.low - sum(image.nbytes for image in gap.idle)
+        return gaps
+
+    def _find_outside(self, gap: _Gap, nbytes: int) -> int | None:
+        below = self._regions.find(nbytes, 0, gap.low)
+        return below if below is not None else self._regions.find(nbytes, gap.high)
+
+    def _close_up(self, gap: _Gap, nbytes: int) -> int:
+        """Slide the gap's idle images down, one by one, until `nbytes` in a row are free."""
+        cursor = gap.low
+        for image in gap.idle:
+            offset = self._regions.find(nbytes, gap.low, gap.high)
+            if offset is not None:
+                return offset
+            if image.offset != cursor:
+                self._move(image, cursor)
+            cursor = image.end
+        offset = self._regions.find(nbytes, gap.low, gap.high)
+        assert offset is not None, "the gap has fewer free bytes than was counted"
+        return offset

@@ -1,0 +1,209 @@
+"""The `multilora` command: serve, demo, inspect, bench."""
+
+from __future__ import annotations
+
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from server.config import EngineConfig, ServerConfig, default_cache_dir, parse_bytes
+from server.errors import ConfigError
+
+app = typer.Typer(
+    name="multilora",
+    help="Serve many LoRA adapters on one resident base model, in one batch, behind the OpenAI API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", help="Folder of the base model (safetensors, config.json).")]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option("--adapters", help="Folder whose sub-folders are adapters; repeat for several, first wins."),
+]
+ServedNames = Annotated[
+    list[str] | None,
+    typer.Option("--served-model-name", help="Name(s) of the base in the API. Default: the folder's name."),
+]
+DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu.")]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Longest prompt plus output, tokens. Default: the model's own.", min=1)
+]
+MaxNumSeqs = Annotated[int, typer.Option(help="Requests in one step at most.", min=1)]
+MaxBatchedTokens = Annotated[
+    int, typer.Option("--max-num-batched-tokens", help="Token rows in one step: decodes and prefill chunks.", min=1)
+]
+MaxAdaptersPerStep = Annotated[int, typer.Option(help="Distinct adapters in one step at most.", min=1)]
+AdapterMemory = Annotated[
+    str | None, typer.Option(help="Device memory for adapters, e.g. 2GiB. Default: from what is free.")
+]
+KvMemory = Annotated[
+    str | None, typer.Option(help="Device memory for the KV cache, e.g. 4GiB. Default: from what is free.")
+]
+HostMemory = Annotated[
+    str, typer.Option(help="Host memory that keeps evicted adapters, e.g. 1GiB; 0 reads them from disk again.")
+]
+MaxLoraRank = Annotated[int, typer.Option(help="Adapters of a higher rank are refused.", min=1, max=512)]
+MaxQueueWait = Annotated[float, typer.Option(help="Seconds a request may wait before it gets 503.", min=0.1)]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(help="Require this key as `Authorization: Bearer`.", envvar="MULTILORA_API_KEY", show_envvar=True),
+]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where compiled adapters are kept. Default: ~/.cache/multilora.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of the model. Default: the CPU quota.", min=1)]
+
+
+@app.command()
+def serve(
+    model: Model,
+    adapters: Adapters = None,
+    served_model_name: ServedNames = None,
+    dtype: DtypeOption = "auto",
+    device: Device = "cpu",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = 64,
+    max_num_batched_tokens: MaxBatchedTokens = 512,
+    max_adapters_per_step: MaxAdaptersPerStep = 64,
+    adapter_memory: AdapterMemory = None,
+    kv_memory: KvMemory = None,
+    host_memory: HostMemory = "0",
+    max_lora_rank: MaxLoraRank = 512,
+    max_queue_wait: MaxQueueWait = 60.0,
+    api_key: ApiKey = None,
+    cache_dir: CacheDir = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a base model and every adapter below --adapters; ones added while running are found on first use."""
+    engine = _engine_config(
+        model=model,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_step_tokens=max_num_batched_tokens,
+        max_adapters_per_step=max_adapters_per_step,
+        adapter_memory=_bytes("--adapter-memory", adapter_memory),
+        kv_memory=_bytes("--kv-memory", kv_memory),
+        host_memory=_bytes("--host-memory", host_memory) or 0,
+        max_queue_wait_s=max_queue_wait,
+        cache_dir=str(cache_dir or default_cache_dir()),
+        threads=threads,
+    )
+    names = tuple(served_model_name or [Path(model).resolve().name])
+    config = ServerConfig(
+        engine=engine,
+        served_names=names,
+        adapter_roots=tuple(str(root) for root in adapters or ()),
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_lora_rank=max_lora_rank,
+    )
+    _run(config, adapter_examples={})
+
+
+@app.command()
+def demo(
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    cache_dir: CacheDir = None,
+    threads: Threads = None,
+) -> None:
+    """Serve the demo: SmolLM2-135M-Instruct and the adapters that ship with the project."""
+    from server.demo import DEMO_BASE_NAME, demo_adapters_dir, demo_examples, ensure_demo_base
+
+    cache = cache_dir or default_cache_dir()
+    try:
+        with console.status("Preparing the demo base (the first time takes about 15 s)"):
+            base = ensure_demo_base(cache)
+    except RuntimeError as error:
+        _fail(str(error))
+    config = ServerConfig(
+        engine=_engine_config(model=str(base), cache_dir=str(cache), threads=threads),
+        served_names=(DEMO_BASE_NAME,),
+        adapter_roots=(str(demo_adapters_dir()),),
+        host=host,
+        port=port,
+    )
+    _run(config, adapter_examples={example.name: example.prompt for example in demo_examples()})
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An adapter folder, or a folder of adapter folders.")],
+    model: Model,
+    dtype: DtypeOption = "auto",
+    max_lora_rank: MaxLoraRank = 512,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Say what an adapter is, whether and how it would be served on --model, its bytes per tier, every problem."""
+    from server.inspection import inspect_path
+
+    try:
+        reports = inspect_path(path, Path(model), dtype, max_lora_rank, cache_dir or default_cache_dir())
+    except ConfigError as error:
+        _fail(str(error))
+    for report in reports:
+        typer.echo(report.render())
+    sys.exit(0 if all(report.is_served for report in reports) else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure: throughput with and without adapters, memory, cold start. See docs/benchmarks.md."""
+    from loadtest.bench import main as bench_main
+
+    bench_main(context.args)
+
+
+def _engine_config(**fields: object) -> EngineConfig:
+    import msgspec
+
+    try:
+        return msgspec.convert(fields, EngineConfig)
+    except msgspec.ValidationError as error:
+        _fail(str(error))
+
+
+def _bytes(flag: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except ConfigError as error:
+        _fail(f"{flag}: {error}")
+
+
+def _run(config: ServerConfig, adapter_examples: dict[str, str]) -> None:
+    from server.launch import run
+
+    try:
+        code = run(config, console, adapter_examples)
+    except ConfigError as error:
+        _fail(str(error))
+    sys.exit(code)
+
+
+def _fail(message: str) -> typing.NoReturn:
+    console.print(f"multilora: {message}", style="red", highlight=False, markup=False)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Configuration: what was asked for, as plain data. Resolution against a model happens in the engine."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from server.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the engine process is told. None means: resolved at start, and printed."""
+
+    model: str
+    dtype: Dtype = "auto"
+    device: str = "cpu"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64  # requests in one step
+    max_step_tokens: int = 512  # rows in one step: decodes plus prefill chunks
+    max_adapters_per_step: int = 64
+    max_loaded_adapters: int = 1024  # slots in the table; bytes are the real bound
+    block_size: int = 16
+    kv_memory: int | None = None  # bytes
+    adapter_memory: int | None = None  # bytes of the device arena
+    host_memory: int = 0  # bytes of the host tier; 0 = images are read straight into the arena
+    max_queue_wait_s: float = 60.0
+    enable_prefix_cache: bool = True
+    threads: int | None = None
+    cache_dir: str = ""
+    backend: str = "torch"
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API process needs beside the engine's share."""
+
+    engine: EngineConfig
+    served_names: tuple[str, ...]
+    adapter_roots: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    max_lora_rank: int = 512
+    disk_memory: int | None = None  # bytes of compiled images kept on disk; None = no bound
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "2GiB", "512MB", "1.5g" or a plain number. Raises ConfigError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size: write bytes or a unit, as in 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def format_bytes(count: float) -> str:
+    """`count` bytes in the largest unit that keeps at least one whole, e.g. 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def default_cache_dir() -> Path:
+    """$MULTILORA_CACHE, or ~/.cache/multilora."""
+    return Path(os.environ.get("MULTILORA_CACHE") or Path.home() / ".cache" / "multilora")
+
+
+def available_cpus() -> int:
+    """Processors this process may use: its affinity, bounded by the cgroup's CPU quota (at least 1)."""
+    cpus = len(os.sched_getaffinity(0))
+    quota = _cgroup_quota()
+    return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def _cgroup_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    try:
+        limit, period = path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else float(limit) / float(period)
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping, bounded by the cgroup's limit."""
+    text = Path("/proc/meminfo").read_text()
+    match = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    available = int(match[1]) * 1024 if match else 4 << 30
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))

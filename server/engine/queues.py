@@ -1,0 +1,140 @@
+"""Who is in line, and who is next. One queue per adapter, the base's being one of them.
+
+Order of turns: requests that already ran and were preempted; then adapters held back for longer than
+the age limit, the longest held first; then the rest by rows served, the least served first. Inside an
+adapter it is first come, first served.
+
+Served rows are a virtual counter: an adapter that comes back from idleness starts at the least served
+of those at work, so nobody saves up turns, and nobody who was busy is punished for it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from server.adapters.slots import Acquire
+from server.engine.request import Request
+
+Turn = tuple[int, float, float, str]
+"""sort key of a turn: class, two keys inside the class, adapter key"""
+
+
+@dataclass(slots=True, eq=False)
+class AdapterQueue:
+    """One adapter's requests in line, and where the adapter stands. Set by the scheduler, but for `served`'s start."""
+
+    key: str  # image key; "" for the base
+    name: str
+    served: int = 0  # rows scheduled, as a virtual counter
+    waiting: OrderedDict[str, Request] = field(default_factory=OrderedDict)
+    num_running: int = 0
+    last_turn: int = 0  # step in which it last was among the step's adapters
+    last_answer: Acquire | None = None  # of the slots, when it was not READY and nothing was admitted since
+    held_since: float | None = None  # when a full arena, the adapter bound or a drain first held it back
+
+    @property
+    def head(self) -> Request:
+        return next(iter(self.waiting.values()))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.num_running
+
+    def hold(self, now: float, answer: Acquire | None) -> None:
+        """Its head was passed over: for room (`answer` FULL, or None: a bound or a drain), or while it loads."""
+        if answer is not None:
+            self.last_answer = answer
+        if answer is not Acquire.LOADING and self.held_since is None:
+            self.held_since = now
+        for request in reversed(self.waiting.values()):  # the marked ones come first: each is marked once
+            if request.adapter_wait_s:
+                break
+            request.adapter_wait_s = now
+
+    def release_hold(self) -> None:
+        """One of it was admitted, or none is left: its next wait is a new one."""
+        self.last_answer = None
+        self.held_since = None
+
+
+class WaitingQueues:
+    """All adapter queues, and the order of their turns."""
+
+    def __init__(self, age_limit_s: float) -> None:
+        self._age_limit_s = age_limit_s
+        self._queues: dict[str, AdapterQueue] = {}
+
+    def __len__(self) -> int:
+        return sum(len(queue.waiting) for queue in self._queues.values())
+
+    def __iter__(self) -> Iterator[AdapterQueue]:
+        return iter(self._queues.values())
+
+    def __getitem__(self, key: str) -> AdapterQueue:
+        return self._queues[key]
+
+    def of(self, request: Request) -> AdapterQueue:
+        """The queue of a request that is waiting or running."""
+        return self._queues[request.adapter_key]
+
+    def is_aged(self, queue: AdapterQueue, now: float) -> bool:
+        """Whether its adapter has been held back for longer than the age limit."""
+        return queue.held_since is not None and now - queue.held_since >= self._age_limit_s
+
+    def append(self, request: Request) -> None:
+        """A new request: last in its adapter's line."""
+        queue = self._queues.get(request.adapter_key)
+        if queue is None or queue.is_idle:
+            queue = self._join(request)
+        queue.waiting[request.request_id] = request
+
+    def push_front(self, request: Request) -> None:
+        """A preempted request: first in its adapter's line."""
+        queue = self.of(request)
+        queue.waiting[request.request_id] = request
+        queue.waiting.move_to_end(request.request_id, last=False)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out of the line: admitted or ended."""
+        queue = self.of(request)
+        del queue.waiting[request.request_id]
+        if not queue.waiting:
+            queue.release_hold()
+
+    def waiting_on(self, key: str) -> list[Request]:
+        """The requests in line for an image."""
+        queue = self._queues.get(key)
+        return list(queue.waiting.values()) if queue is not None else []
+
+    def turns(self, now: float) -> list[Turn]:
+        """A heap of the turns of all adapters that have someone in line."""
+        heap = [self.turn(queue, now) for queue in self._queues.values() if queue.waiting]
+        heapq.heapify(heap)
+        return heap
+
+    def turn(self, queue: AdapterQueue, now: float) -> Turn:
+        """When the head of one queue is next."""
+        head = queue.head
+        if head.num_preemptions:
+            return 0, head.arrival_s, 0.0, queue.key
+        if queue.held_since is not None and self.is_aged(queue, now):
+            return 1, queue.held_since, 0.0, queue.key
+        return 2, float(queue.served), head.arrival_s, queue.key
+
+    def next_of(self, turns: list[Turn]) -> AdapterQueue:
+        """Pop the next turn's queue."""
+        return self._queues[heapq.heappop(turns)[-1]]
+
+    def _join(self, request: Request) -> AdapterQueue:
+        """The queue of an adapter that had nothing in line and nothing running; forgets those that don't matter."""
+        floor = min((queue.served for queue in self._queues.values() if not queue.is_idle), default=None)
+        if floor is None:
+            self._queues.clear()
+            floor = 0
+        kept = {key: q for key, q in self._queues.items() if not q.is_idle or q.served > floor}
+        name = request.adapter.name if request.adapter is not None else ""
+        self._queues = kept
+        return kept.setdefault(request.adapter_key, AdapterQueue(request.adapter_key, name, served=floor))

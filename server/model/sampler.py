@@ -1,0 +1,147 @@
+"""The sampler: one token per selected row, by the row's own parameters, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from server.engine.request import Request
+from server.model.penalties import apply_penalties, has_penalties
+from server.model.philox import uniforms
+
+NOT_FINITE = -1
+"""In place of a token id: the row's logits are NaN or infinite; the request must fail, not answer garbage."""
+
+_CHUNK_ELEMENTS = 1 << 22  # fp64 temporaries of sampled rows stay within 32 MiB each
+_NUCLEUS_GUESS = 1024  # top-p looks at this many of the best tokens before it sorts all
+
+
+class Sampler:
+    """Draws by inverse CDF over the vocabulary in id order, with a number that only (seed, output index) set.
+
+    The order of operations is transformers': penalties, min_tokens, temperature, top-k, top-p, min-p. Rows
+    that draw are computed in fp64, each from its own logits alone: neither the batch around a row nor a
+    preemption changes its token.
+    """
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """logits [S, V] of any float dtype, one request a row -> int64 [S] on the same device.
+
+        Temperature 0 takes the largest logit, the lowest id on ties. A row with NaN or +inf anywhere, or
+        nothing finite, gets NOT_FINITE.
+        """
+        best, tokens = logits.max(dim=-1)  # NaN wins a maximum, so `best` shows it
+        changed = [row for row, request in enumerate(requests) if self._changes_logits(request)]
+        if changed:
+            rows = torch.tensor(changed, device=logits.device)
+            adjusted = self._adjusted(logits[rows], [requests[row] for row in changed])
+            logits = logits.float().index_copy(0, rows, adjusted)
+            adjusted_best, tokens[rows] = adjusted.max(dim=-1)
+            best = best.float().index_copy(0, rows, torch.where(best[rows].isfinite(), adjusted_best, torch.nan))
+        drawn = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+        if drawn:
+            rows = torch.tensor(drawn, device=logits.device)
+            tokens[rows] = draw(logits, rows, [requests[row] for row in drawn])
+        return torch.where(best.isfinite(), tokens, NOT_FINITE)
+
+    def _changes_logits(self, request: Request) -> bool:
+        return has_penalties(request.params) or request.num_output < request.params.min_tokens
+
+    def _adjusted(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """fp32 [S, V]: penalties, then ends of the request masked while its output is below min_tokens."""
+        logits = logits.float()
+        for row, request in zip(logits, requests, strict=True):
+            if has_penalties(request.params):
+                apply_penalties(row, request)
+            if request.num_output < request.params.min_tokens:
+                row[self._ending_ids(request, len(row))] = -torch.inf
+        return logits
+
+    def _ending_ids(self, request: Request, vocab_size: int) -> list[int]:
+        eos = () if request.params.ignore_eos else self._eos_token_ids
+        return [token for token in {*eos, *request.params.stop_token_ids} if token < vocab_size]
+
+
+@dataclass(slots=True)
+class _Filters:
+    """The parameters of the rows of one chunk; [rows, 1] each."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor  # V where there is none
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> _Filters:
+        params = [request.params for request in requests]
+        top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+        floats = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
+        temperature, top_p, min_p = torch.tensor(floats, dtype=torch.float64, device=device)[:, :, None]
+        return cls(temperature, torch.tensor(top_k, device=device)[:, None], top_p, min_p)
+
+
+def draw(logits: torch.Tensor, rows: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """One token for each of `rows` of logits [S, V], int64 [rows]."""
+    vocab_size = logits.shape[-1]
+    size = max(1, _CHUNK_ELEMENTS // vocab_size)
+    parts = []
+    for start in range(0, len(requests), size):
+        chunk = requests[start : start + size]
+        weights = filtered_weights(logits[rows[start : start + size]], chunk)
+        numbers = uniforms([r.params.seed for r in chunk], [r.num_output for r in chunk])
+        cumulative = weights.cumsum(dim=-1)  # [rows, V]
+        target = torch.from_numpy(numbers).to(logits.device)[:, None] * cumulative[:, -1:]
+        parts.append(torch.searchsorted(cumulative, target, right=True)[:, 0])
+    return torch.cat(parts).clamp_(max=vocab_size - 1)  # only a row of NaN reaches V, and it is NOT_FINITE
+
+
+def filtered_weights(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    """fp64 [rows, V]: unnormalised probabilities after temperature, top-k, top-p and min-p; 0 = filtered out.
+
+    Each filter keeps the tokens from some logit upward, ties of the last one included, so the result does
+    not depend on how a sort orders equal logits.
+    """
+    filters = _Filters.of(requests, logits.shape[-1], logits.device)
+    scaled = logits.double()
+    scaled -= scaled.amax(dim=-1, keepdim=True)  # before the division: no temperature can overflow a 0
+    weights = scaled.div_(filters.temperature).exp_()  # 1 for the best token
+    floor = torch.maximum(filters.min_p, _sorted_floor(weights, filters))
+    return weights.masked_fill_(weights < floor, 0.0)
+
+
+def _sorted_floor(weights: torch.Tensor, filters: _Filters) -> torch.Tensor:
+    """fp64 [rows, 1]: the smallest weight that top-k and then top-p keep; 0 for rows with neither."""
+    vocab_size = weights.shape[-1]
+    floor = torch.zeros_like(filters.top_p)
+    is_needed = (filters.top_k < vocab_size) | (filters.top_p < 1.0)
+    pending = is_needed[:, 0].nonzero()[:, 0]
+    num_best = min(vocab_size, _NUCLEUS_GUESS)
+    while len(pending):
+        found, is_settled = _floor_within(weights[pending], filters.top_k[pending], filters.top_p[pending], num_best)
+        floor[pending[is_settled]] = found[is_settled]
+        pending = pending[~is_settled]
+        num_best = vocab_size
+    return floor
+
+
+def _floor_within(
+    weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, num_best: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The floor of each row by its `num_best` best tokens, [rows, 1], and whether those were enough, [rows]."""
+    vocab_size = weights.shape[-1]
+    best = weights.topk(num_best, dim=-1).values  # [rows, num_best], descending
+    k_floor = best.gather(1, top_k.clamp(max=num_best) - 1)
+    k_floor = torch.where(top_k < vocab_size, k_floor, 0.0)
+    kept = weights.masked_fill(weights < k_floor, 0.0)
+    total = kept.cumsum(dim=-1)[:, -1:]  # a cumsum runs along each row alone; a sum may split a single row
+    mass = best.masked_fill(best < k_floor, 0.0).cumsum(dim=-1)
+    last = (mass < top_p * total).sum(dim=-1, keepdim=True)  # index of the token that reaches the mass
+    p_floor = torch.where(top_p < 1.0, best.gather(1, last.clamp(max=num_best - 1)), 0.0)
+    is_k_settled = (top_k <= num_best) | (top_k >= vocab_size)
+    is_settled = is_k_settled & ((top_p >= 1.0) | (last < num_best) | (num_best == vocab_size))
+    return torch.maximum(k_floor, p_floor), is_settled[:, 0]
