@@ -50,10 +50,10 @@ class Catalog:
         self._listed_at = -float("inf")
         self._list_lock = asyncio.Lock()
         self.warnings: tuple[str, ...] = ()
-        """names of the last listing that can't be reached: they shadow the base, or an earlier source has them"""
+        """the last listing's names that can't be reached: they shadow the base, or an earlier source wins"""
 
     async def resolve(self, name: str) -> SourceVersion:
-        """What `name` points to right now; AdapterNotFound when no source has it. Never answered from memory."""
+        """What `name` points to right now, never from memory; AdapterNotFound when no source has it."""
         if is_adapter_name(name) and name not in self._base_names:
             for source in self._sources:
                 version = await asyncio.to_thread(source.resolve, name)
@@ -75,7 +75,9 @@ class Catalog:
         for source in self._sources:
             for name in source.names():
                 if name in self._base_names:
-                    warnings.append(f"{source.source} has an adapter named {name!r}, the base's name: never served")
+                    warnings.append(
+                        f"{source.source} has an adapter named {name!r}, the base's name: never served"
+                    )
                 elif name in found:
                     warnings.append(f"{source.source} has an adapter {name!r} too: {found[name]} is served")
                 elif (version := source.resolve(name)) is not None:

@@ -1,8 +1,8 @@
-"""Number formats without torch: what adapters and bases are stored in, to float32 and back with one rounding."""
+"""Number formats without torch: stored elements to float32, and back with one rounding."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +33,11 @@ ITEM_BYTES = {
 }
 # What an adapter's tensors may be stored in: safetensors' name of each base dtype.
 STORED_AS: dict[BaseDtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_NUMPY: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _BF16_EXPONENT = np.uint16(0x7F80)
 
 
-def numpy_dtype(stored: str) -> np.dtype[np.generic]:
+def numpy_dtype(stored: str) -> np.dtype[Any]:
     """The numpy dtype that holds elements of F32, F16 or BF16 (as raw uint16: numpy has no bfloat16)."""
     return _NUMPY[stored]
 

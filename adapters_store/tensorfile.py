@@ -59,7 +59,7 @@ class TensorHeader(msgspec.Struct, frozen=True):
 
 
 def shown(name: str) -> str:
-    """A name from an untrusted file as it may stand in a message: quoted, without control characters, bounded."""
+    """A name from an untrusted file as it may stand in a message: quoted, escaped, bounded."""
     text = repr(name)
     return text if len(text) <= 200 else f"{text[:160]}…{text[-36:]}"
 
@@ -71,10 +71,12 @@ def header_length(file: str, prefix: bytes, file_bytes: int) -> int:
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         raise AdapterCorrupt(
-            f"{file} is not a safetensors file: its header would take {length} bytes (limit {MAX_HEADER_BYTES})"
+            f"{file} is no safetensors file: its header would take {length} bytes (limit {MAX_HEADER_BYTES})"
         )
     if LENGTH_BYTES + length > file_bytes:
-        raise AdapterCorrupt(f"{file} is truncated: the header takes {length} bytes, the file has {file_bytes}")
+        raise AdapterCorrupt(
+            f"{file} is truncated: the header takes {length} bytes, the file has {file_bytes}"
+        )
     return length
 
 
@@ -150,7 +152,7 @@ class TensorFile:
         return self.header.entries
 
     def array(self, name: str) -> Array:
-        """The tensor as stored (bfloat16 as uint16), a view; AdapterUnsupported for other than F32, F16, BF16."""
+        """A view of the tensor as stored (bfloat16 as uint16); AdapterUnsupported but for F32, F16, BF16."""
         entry = self.header.entry(name)
         if entry.dtype not in ("F32", "F16", "BF16"):
             raise AdapterUnsupported(

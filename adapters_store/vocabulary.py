@@ -1,4 +1,4 @@
-"""The vocabulary of a tokenizer.json as a digest, so that two tokenizers can be compared without loading either."""
+"""The vocabulary of a tokenizer.json as a digest: two tokenizers are compared without loading either."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Tokenizer(msgspec.Struct):
 
 
 def read_vocabulary(content: bytes | memoryview, file: str = TOKENIZER_FILE) -> set[tuple[str, int]]:
-    """All (token, id) of a tokenizer.json, added tokens included. A Unigram vocabulary's ids are its positions."""
+    """All (token, id) of a tokenizer.json, added tokens too. In a Unigram vocabulary ids are positions."""
     try:
         tokenizer = msgspec.json.decode(content, type=_Tokenizer)
     except (msgspec.MsgspecError, UnicodeError, RecursionError, ValueError) as error:
@@ -72,8 +72,8 @@ def check_vocabulary(
         if number >= manifest.vocab_size or (tokens is not None and (token, number) not in tokens):
             problems.append(
                 AdapterMismatch(
-                    f"{ADDED_TOKENS_FILE} adds token {shown(token)} as id {number}, which the base's vocabulary "
-                    f"of {manifest.vocab_size} ids does not have"
+                    f"{ADDED_TOKENS_FILE} adds token {shown(token)} as id {number}, "
+                    f"which the base's vocabulary of {manifest.vocab_size} ids does not have"
                 )
             )
             return

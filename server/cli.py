@@ -40,7 +40,10 @@ MaxModelLen = Annotated[
 ]
 MaxNumSeqs = Annotated[int, typer.Option(help="Requests in one step at most.", min=1)]
 MaxBatchedTokens = Annotated[
-    int, typer.Option("--max-num-batched-tokens", help="Token rows in one step: decodes and prefill chunks.", min=1)
+    int,
+    typer.Option(
+        "--max-num-batched-tokens", help="Token rows in one step: decodes and prefill chunks.", min=1
+    ),
 ]
 MaxAdaptersPerStep = Annotated[int, typer.Option(help="Distinct adapters in one step at most.", min=1)]
 AdapterMemory = Annotated[
@@ -50,13 +53,16 @@ KvMemory = Annotated[
     str | None, typer.Option(help="Device memory for the KV cache, e.g. 4GiB. Default: from what is free.")
 ]
 HostMemory = Annotated[
-    str, typer.Option(help="Host memory that keeps evicted adapters, e.g. 1GiB; 0 reads them from disk again.")
+    str,
+    typer.Option(help="Host memory that keeps evicted adapters, e.g. 1GiB; 0 reads them from disk again."),
 ]
 MaxLoraRank = Annotated[int, typer.Option(help="Adapters of a higher rank are refused.", min=1, max=512)]
 MaxQueueWait = Annotated[float, typer.Option(help="Seconds a request may wait before it gets 503.", min=0.1)]
 ApiKey = Annotated[
     str | None,
-    typer.Option(help="Require this key as `Authorization: Bearer`.", envvar="MULTILORA_API_KEY", show_envvar=True),
+    typer.Option(
+        help="Require this key as `Authorization: Bearer`.", envvar="MULTILORA_API_KEY", show_envvar=True
+    ),
 ]
 CacheDir = Annotated[
     Path | None, typer.Option(help="Where compiled adapters are kept. Default: ~/.cache/multilora.")

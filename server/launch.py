@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
-import sys
 from pathlib import Path
 
-import uvicorn
 from rich.console import Console
 
 from adapters_store.catalog import Catalog
-from adapters_store.manifest import read_manifest
 from adapters_store.sources.local import LocalSource
 from adapters_store.store import AdapterStore
-from server.api.app import create_app
 from server.api.service import ServerState
 from server.config import ServerConfig
 from server.engine.client import AsyncEngine
-from server.errors import ConfigError
 from server.text.tokenizer import BaseTokenizer
 
 DEAD_ENGINE_GRACE_S = 3.0  # how long /health stays red and requests get 503 before the process exits

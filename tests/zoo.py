@@ -86,7 +86,9 @@ def save_adapter(
         del base.peft_config
 
 
-def make_zoo(base: PreTrainedModel, root: Path, count: int, *, scale: float = 1.0, max_rank: int = 64) -> list[ZooAdapter]:
+def make_zoo(
+    base: PreTrainedModel, root: Path, count: int, *, scale: float = 1.0, max_rank: int = 64
+) -> list[ZooAdapter]:
     """`count` adapters under `root`, with file values rounded to fp32, fp16 and bf16 in turn."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     zoo = []
@@ -158,12 +160,12 @@ def load_oracle_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, attn_implementation="eager").eval()
 
 
-def random_prompts(count: int, vocab_size: int, *, seed: int, lengths: tuple[int, int] = (3, 40)) -> list[list[int]]:
+def random_prompts(
+    count: int, vocab_size: int, *, seed: int, lengths: tuple[int, int] = (3, 40)
+) -> list[list[int]]:
     """`count` prompts of random token ids (special ids below 3 left out)."""
     source = random.Random(seed)
-    return [
-        [source.randrange(3, vocab_size) for _ in range(source.randint(*lengths))] for _ in range(count)
-    ]
+    return [[source.randrange(3, vocab_size) for _ in range(source.randint(*lengths))] for _ in range(count)]
 
 
 def fresh_copy(base: PreTrainedModel) -> PreTrainedModel:

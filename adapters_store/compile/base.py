@@ -1,8 +1,9 @@
-"""The base's own weights, read from its safetensors files: for trained biases and for copies of base layers."""
+"""The base's own weights, read from its files: for trained biases and for copies of base layers."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class BaseWeights:
         return widen(self._read(location, entry, 0, elements), entry.dtype).reshape(entry.shape)
 
     def equals(self, location: TensorLocation, copy: Array, stored: str) -> bool:
-        """Whether `copy` (stored as F32, F16 or BF16) has the base's values, once those are cast to its dtype."""
+        """Whether `copy`, stored as F32, F16 or BF16, has the base's values cast to that dtype."""
         entry = self._entry(location)
         if entry.shape != copy.shape:
             return False
@@ -47,21 +48,25 @@ class BaseWeights:
         try:
             if location.file not in self._headers:
                 descriptor = os.open(location.file, os.O_RDONLY | os.O_CLOEXEC)
-                with open(descriptor, "rb", buffering=0):
-                    header = read_tensor_header(descriptor, os.path.basename(location.file))
+                with os.fdopen(descriptor, "rb", buffering=0):
+                    header = read_tensor_header(descriptor, Path(location.file).name)
                 self._headers[location.file] = header
             entry = self._headers[location.file].entry(location.key)
             numpy_dtype(entry.dtype)
         except (OSError, AdapterCorrupt, KeyError) as error:
-            raise AdapterUnavailable(f"the base's own weight {location.key} can't be read: {error}") from error
+            raise AdapterUnavailable(
+                f"the base's own weight {location.key} can't be read: {error}"
+            ) from error
         return entry
 
     def _read(self, location: TensorLocation, entry: TensorEntry, first: int, count: int) -> Array:
         """`count` elements from element `first` on, as stored."""
         size = ITEM_BYTES[entry.dtype]
         offset = self._headers[location.file].data_offset + entry.start + first * size
-        with open(location.file, "rb", buffering=0) as file:
+        with Path(location.file).open("rb", buffering=0) as file:
             raw = os.pread(file.fileno(), count * size, offset)
         if len(raw) != count * size:
-            raise AdapterUnavailable(f"the base's own weight {location.key} can't be read: its file is too short")
+            raise AdapterUnavailable(
+                f"the base's own weight {location.key} can't be read: its file is too short"
+            )
         return np.frombuffer(raw, dtype=numpy_dtype(entry.dtype))

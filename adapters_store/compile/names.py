@@ -1,7 +1,7 @@
 """Tensor names of a LoRA file: which module of the base, and which role there.
 
-    base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
-    └── prefix ────┘ └── module ────────────────────┘ └ role ┘└ infix ┘
+base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
+└── prefix ────┘ └── module ────────────────────┘ └ role ┘└ infix ┘
 """
 
 from __future__ import annotations

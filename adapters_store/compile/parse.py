@@ -20,12 +20,6 @@ from adapters_store.tensorfile import shown
 
 Problems = list[AdapterError]
 
-SERVED = (
-    "r lora_alpha target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern "
-    "use_rslora lora_bias bias fan_in_fan_out init_lora_weights ensure_weight_tying base_model_name_or_path "
-    "task_type peft_type"
-).split()
-
 INERT = {
     "auto_mapping": "how PEFT finds the base's class",
     "peft_version": "information",
@@ -68,8 +62,9 @@ REFUSED = {
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Initialisations that leave the base's weights alone."""
 CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that subtract from the base's weights, so that the tensors alone are no LoRA of the base."""
+"""Initialisations that subtract from the base's weights: the tensors alone are no LoRA of the base."""
 TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
+
 
 class Scale(NamedTuple):
     """What the config says of one site."""
@@ -101,7 +96,7 @@ class LoraOptions(msgspec.Struct, kw_only=True):
     task_type: str | None = None
 
     def scale_of(self, module: str) -> Scale:
-        """Rank and alpha of a module path: the first pattern that matches wins, each of the two on its own."""
+        """Rank and alpha of a module path: for each of the two, the first pattern that matches wins."""
         rank_key = _first_match(self.rank_pattern, module)
         alpha_key = _first_match(self.alpha_pattern, module)
         rank = self.r if rank_key is None else self.rank_pattern[rank_key]
@@ -131,7 +126,7 @@ def family_of(config: Mapping[str, Any]) -> str:
 
 
 def parse_config(config: Mapping[str, Any], problems: Problems) -> LoraOptions:
-    """The options of a LORA config. What is wrong with it goes to `problems`; a wrong field keeps its default."""
+    """The options of a LORA config; what is wrong goes to `problems`, a wrong field keeps its default."""
     _check_fields(config, problems)
     options = LoraOptions()
     for name in LoraOptions.__struct_fields__:
@@ -144,13 +139,15 @@ def parse_config(config: Mapping[str, Any], problems: Problems) -> LoraOptions:
 
 def _check_fields(config: Mapping[str, Any], problems: Problems) -> None:
     for name, value in config.items():
-        if not value or name in SERVED or name in INERT:
+        if not value or name in LoraOptions.__struct_fields__ or name in INERT or name == "peft_type":
             continue
         if name in REFUSED:
             problems.append(AdapterUnsupported(f"{CONFIG_FILE}: {name} is set, and {REFUSED[name]}"))
         else:
             problems.append(
-                AdapterUnsupported(f"{CONFIG_FILE}: {shown(name)} is set, an option this server does not know")
+                AdapterUnsupported(
+                    f"{CONFIG_FILE}: {shown(name)} is set, an option this server does not know"
+                )
             )
 
 
@@ -174,11 +171,14 @@ def _check_values(options: LoraOptions, problems: Problems) -> None:
             problems.append(AdapterInvalid(f"{CONFIG_FILE}: {where} is {alpha}"))
     _check_patterns(options, problems)
     if options.bias not in ("none", "all", "lora_only"):
-        problems.append(AdapterInvalid(f"{CONFIG_FILE}: bias is {shown(options.bias)}; known: none, all, lora_only"))
+        problems.append(
+            AdapterInvalid(f"{CONFIG_FILE}: bias is {shown(options.bias)}; known: none, all, lora_only")
+        )
     if options.task_type not in TASKS:
         problems.append(
             AdapterUnsupported(
-                f"{CONFIG_FILE}: task_type is {shown(str(options.task_type))}; only causal language models are served"
+                f"{CONFIG_FILE}: task_type is {shown(str(options.task_type))}; "
+                "only causal language models are served"
             )
         )
 
@@ -192,7 +192,9 @@ def _check_patterns(options: LoraOptions, problems: Problems) -> None:
             texts.append((name, value, value))
     for name, text, pattern in texts:
         if compile_pattern(pattern) is None:
-            problems.append(AdapterInvalid(f"{CONFIG_FILE}: {name} has {shown(text)}, which is no regular expression"))
+            problems.append(
+                AdapterInvalid(f"{CONFIG_FILE}: {name} has {shown(text)}, which is no regular expression")
+            )
 
 
 def _check_init(options: LoraOptions, problems: Problems) -> None:
@@ -202,7 +204,7 @@ def _check_init(options: LoraOptions, problems: Problems) -> None:
     if init.lower().startswith(CHANGED_BASE_INITS):
         problems.append(
             AdapterUnsupported(
-                f"{CONFIG_FILE}: init_lora_weights is {shown(init)}, which changed the base's weights in training. "
+                f"{CONFIG_FILE}: init_lora_weights is {shown(init)}, which changed the base in training. "
                 "Convert the adapter to plain LoRA with PEFT: save_pretrained(path, "
                 "path_initial_model_for_weight_conversion=<the adapter saved before training>)"
             )
@@ -210,7 +212,7 @@ def _check_init(options: LoraOptions, problems: Problems) -> None:
     else:
         problems.append(
             AdapterUnsupported(
-                f"{CONFIG_FILE}: init_lora_weights is {shown(init)}, an initialisation this server does not know"
+                f"{CONFIG_FILE}: init_lora_weights is {shown(init)}, which this server does not know"
             )
         )
 

@@ -1,9 +1,10 @@
-"""Looking at and reading the files of one adapter folder, never through a symlink that leads out of the root."""
+"""Looking at and reading the files of one adapter folder, never through a symlink out of the root."""
 
 from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 from adapters_store.errors import AdapterUnavailable
 from adapters_store.ref import FileVersion
@@ -18,28 +19,30 @@ READ_FILES = (CONFIG_FILE, WEIGHTS_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE)
 NOTED_FILES = (*READ_FILES, PICKLE_FILE)
 """What a SourceVersion records. The pickle is never opened; it is noted so that it can be refused by name."""
 
+CHUNK_BYTES = 64 << 20
+
 
 class FileChanged(Exception):
     """A file is no longer the one that was noted."""
 
 
-def real_path_below(root: str, path: str) -> str | None:
+def real_path_below(root: Path, path: Path) -> Path | None:
     """The real path of `path` when it is the real path `root` or lies below it, else None."""
-    real = os.path.realpath(path)
-    return real if real == root or real.startswith(root.rstrip(os.sep) + os.sep) else None
+    real = Path(os.path.realpath(path))
+    return real if real.is_relative_to(root) else None
 
 
-def note_files(root: str, folder: str) -> tuple[FileVersion, ...] | None:
-    """The files of an adapter folder as they are now, or None when it is no adapter folder below the real path `root`.
+def note_files(root: Path, folder: Path) -> tuple[FileVersion, ...] | None:
+    """The files of an adapter folder as they are now; None when it is no adapter folder below `root`.
 
-    None too when one of the files is a symlink out of the root or is not a regular file.
+    `root` is a real path. None too when one of the files is a symlink out of the root or no regular file.
     """
     real_folder = real_path_below(root, folder)
     if real_folder is None:
         return None
     noted = []
     for name in NOTED_FILES:
-        path = os.path.join(real_folder, name)
+        path = real_folder / name
         status = _status(path)
         if status is None:
             continue
@@ -52,46 +55,51 @@ def note_files(root: str, folder: str) -> tuple[FileVersion, ...] | None:
     return tuple(noted) if any(file.name == CONFIG_FILE for file in noted) else None
 
 
-def read_file(root: str, folder: str, expected: FileVersion) -> memoryview:
-    """All bytes of a noted file; FileChanged when it is another one now, AdapterUnavailable when it can't be read."""
-    real = real_path_below(root, os.path.join(folder, expected.name))
+def read_file(root: Path, folder: Path, expected: FileVersion) -> memoryview:
+    """All bytes of a noted file.
+
+    FileChanged when it is another one by now, AdapterUnavailable when it can't be read.
+    """
+    real = real_path_below(root, folder / expected.name)
     if real is None:
         raise FileChanged(expected.name)
     try:
-        # the real path has no symlinks left: O_NOFOLLOW and the look at what was opened guard the moment between
+        # a real path has no symlinks left; O_NOFOLLOW and the look at what was opened guard the gap
         descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise FileChanged(expected.name) from None
     except OSError as error:
         raise AdapterUnavailable(f"{expected.name} can't be opened: {error.strerror}") from error
-    with open(descriptor, "rb", buffering=0) as file:
-        if not _is_opened_below(root, descriptor) or _version(expected.name, os.fstat(descriptor)) != expected:
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        opened = _version(expected.name, os.fstat(descriptor))
+        if opened != expected or not _is_opened_below(root, descriptor):
             raise FileChanged(expected.name)
         content = memoryview(bytearray(expected.size))
         filled = 0
         while filled < expected.size:
-            count = file.readinto(content[filled : filled + (64 << 20)])
+            count = file.readinto(content[filled : filled + CHUNK_BYTES])
             if not count:
                 raise FileChanged(expected.name)
             filled += count
     return content.toreadonly()
 
 
-def _status(path: str) -> os.stat_result | None:
+def _status(path: Path) -> os.stat_result | None:
     try:
-        return os.stat(path, follow_symlinks=False)
+        return path.stat(follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise AdapterUnavailable(f"{os.path.basename(path)} can't be looked at: {error.strerror}") from error
+        raise AdapterUnavailable(f"{path.name} can't be looked at: {error.strerror}") from error
 
 
 def _version(name: str, status: os.stat_result) -> FileVersion:
-    # inode and change time: two files of one size with one (reset) mtime, swapped by a symlink, still differ
+    # inode and change time: two files of one size and one (reset) mtime, swapped by a symlink, still differ
     tag = f"{status.st_ino:x}-{status.st_ctime_ns:x}"
     return FileVersion(name, status.st_size, status.st_mtime_ns, tag)
 
 
-def _is_opened_below(root: str, descriptor: int) -> bool:
-    link = f"/proc/self/fd/{descriptor}"
-    return not os.path.lexists(link) or real_path_below(root, os.readlink(link)) is not None
+def _is_opened_below(root: Path, descriptor: int) -> bool:
+    """Whether the open file lies below the root, as far as this system can tell."""
+    link = Path(f"/proc/self/fd/{descriptor}")
+    return not link.is_symlink() or real_path_below(root, link.readlink()) is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapters_store.ref import FileVersion, SourceVersion, is_adapter_name
-from adapters_store.sources.folder import CONFIG_FILE, FileChanged, note_files, read_file, real_path_below
+from adapters_store.sources.folder import CONFIG_FILE, note_files, read_file, real_path_below
 
 
 class LocalSource:
@@ -18,7 +18,8 @@ class LocalSource:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = Path(os.path.abspath(root))
+        # absolute, with its symlinks: a link that is moved to another folder must keep moving the root
+        self.root = Path(os.path.normpath(root.absolute()))
 
     @property
     def source(self) -> str:
@@ -26,43 +27,43 @@ class LocalSource:
         return str(self.root)
 
     def resolve(self, name: str) -> SourceVersion | None:
-        """What `name` points to now, or None. A symlink may lead elsewhere below the root, never out of it."""
+        """What `name` points to now, or None. A symlink may lead elsewhere below the root, not out of it."""
         if not is_adapter_name(name):
             return None
-        root = os.path.realpath(self.root)
         for folder in self._folders(name):
-            if real_path_below(root, str(folder)) is None:
-                continue
-            files = note_files(root, str(folder))
+            files = note_files(self._real_root(), folder)
             if files is not None:
                 return SourceVersion(self.source, name, str(folder), files)
         return None
 
-    def _folders(self, name: str) -> Iterator[Path]:
-        if name == self.root.name:
-            yield self.root
-        yield self.root / name
-
     def read(self, version: SourceVersion, file: FileVersion) -> memoryview:
         """All bytes of `file` of `version`; FileChanged when the file is another one by now."""
-        return read_file(os.path.realpath(self.root), version.path, file)
+        return read_file(self._real_root(), Path(version.path), file)
 
     def names(self) -> list[str]:
         """The names of all adapters below the root now, sorted.
 
         Folders outside the name grammar and folders that can't be listed are skipped.
         """
-        found = set(self._walk(os.path.realpath(self.root), str(self.root), "", frozenset()))
+        found = set(self._walk(self._real_root(), self.root, "", frozenset()))
         if (self.root / CONFIG_FILE).is_file() and is_adapter_name(self.root.name):
             found.add(self.root.name)
         return sorted(found)
 
-    def _walk(self, root: str, folder: str, name: str, above: frozenset[str]) -> Iterator[str]:
-        """Adapter names at and below `folder`; `above` holds the real folders on the way, so that no link loops."""
+    def _real_root(self) -> Path:
+        return Path(os.path.realpath(self.root))
+
+    def _folders(self, name: str) -> Iterator[Path]:
+        if name == self.root.name:
+            yield self.root
+        yield self.root / name
+
+    def _walk(self, root: Path, folder: Path, name: str, above: frozenset[Path]) -> Iterator[str]:
+        """Adapter names at and below `folder`; `above` holds the real folders on the way: no link loops."""
         real = real_path_below(root, folder)
         if real is None or real in above:
             return
-        if name and os.path.isfile(os.path.join(folder, CONFIG_FILE)):
+        if name and (folder / CONFIG_FILE).is_file():
             yield name
         try:
             with os.scandir(folder) as entries:
@@ -72,7 +73,4 @@ class LocalSource:
         for part in below:
             child = f"{name}/{part}" if name else part
             if is_adapter_name(child):
-                yield from self._walk(root, os.path.join(folder, part), child, above | {real})
-
-
-__all__ = ["FileChanged", "LocalSource"]
+                yield from self._walk(root, folder / part, child, above | {real})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from server.engine.request import Request
 
@@ -68,3 +71,113 @@ class Batch:
     @property
     def num_rows(self) -> int:
         return len(self.ids)
+
+
+class BatchBuilder:
+    """Lays out plans as batches, into buffers that every build reuses.
+
+    Python work is O(requests) and slices of token lists; what is per row is numpy. Block tables are kept
+    from step to step and only grow by what is new.
+    """
+
+    def __init__(self, max_rows: int, max_requests: int, max_blocks_per_seq: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._tables = _BlockTables(max_requests, max_blocks_per_seq)
+        self._ids = np.zeros(max_rows, np.int64)
+        self._positions = np.zeros(max_rows, np.int64)
+        self._kv_slots = np.zeros(max_rows, np.int64)
+        self._rope_lengths = np.zeros(max_rows, np.int64)
+        self._sample_rows = np.zeros(max_requests, np.int64)
+        self._rows = np.arange(max_rows)
+
+    def build(self, plan: StepPlan) -> Batch:
+        """The batch of a plan with at least one item. The plan's own items are put in row order too."""
+        items = plan.items
+        assert len(items) <= len(self._sample_rows), f"{len(items)} requests in a step"
+        items.sort(key=row_order)
+        counts = np.fromiter((item.num_tokens for item in items), np.int64, len(items))
+        ends = np.cumsum(counts)
+        block_tables = self._tables.gather([item.request for item in items])
+        self._fill_rows(items, counts, ends, block_tables)
+        rows = int(ends[-1])
+        sample_items = [item for item in items if item.samples]
+        samples = np.fromiter((item.samples for item in items), np.bool_, len(items))
+        sample_rows = self._sample_rows[: len(sample_items)]
+        sample_rows[:] = ends[samples] - 1
+        return Batch(
+            items=list(items),
+            num_decodes=sum(item.is_decode for item in items),
+            ids=self._ids[:rows],
+            positions=self._positions[:rows],
+            kv_slots=self._kv_slots[:rows],
+            rope_lengths=self._rope_lengths[:rows],
+            query_starts=[0, *ends.tolist()],
+            context_lens=[item.start + item.num_tokens for item in items],
+            block_tables=block_tables,
+            row_slots=[item.request.slot for item in items],
+            sample_rows=sample_rows,
+            sample_items=sample_items,
+        )
+
+    def _fill_rows(
+        self,
+        items: Sequence[ScheduledRequest],
+        counts: npt.NDArray[np.int64],  # [items]
+        ends: npt.NDArray[np.int64],  # [items]: row after each one's last
+        block_tables: npt.NDArray[np.int32],
+    ) -> None:
+        ids: list[int] = []
+        for item in items:
+            end = item.start + item.num_tokens
+            assert end <= len(item.request.blocks) * self._block_size, "rows without a block to write to"
+            ids += item.request.token_ids[item.start : end]
+        rows = len(ids)
+        starts = np.fromiter((item.start for item in items), np.int64, len(items))
+        known = np.fromiter((len(item.request.token_ids) for item in items), np.int64, len(items))
+        positions = self._positions[:rows]
+        self._ids[:rows] = ids
+        np.add(self._rows[:rows], np.repeat(starts - ends + counts, counts), out=positions)
+        blocks = block_tables[np.repeat(self._rows[: len(items)], counts), positions // self._block_size]
+        np.add(blocks * np.int64(self._block_size), positions % self._block_size, out=self._kv_slots[:rows])
+        self._rope_lengths[:rows] = np.repeat(known, counts)
+
+
+@dataclass(slots=True)
+class _TableRow:
+    row: int
+    blocks: list[int]  # the request's own list: it only grows, and blocks given up leave another list behind
+    num_written: int = 0
+
+
+class _BlockTables:
+    """Block tables of the requests that ran last, one row each; the longest unused row is taken over."""
+
+    def __init__(self, max_requests: int, max_blocks: int) -> None:
+        self._table = np.zeros((max_requests, max_blocks), np.int32)
+        self._gathered = np.zeros(max_requests * max_blocks, np.int32)
+        self._rows: OrderedDict[str, _TableRow] = OrderedDict()  # by request id, longest out of use first
+
+    def gather(self, requests: Sequence[Request]) -> npt.NDArray[np.int32]:
+        """The tables of these requests, in order: int32 [requests, most blocks of any], 0 beyond each one's."""
+        rows = [self._row_of(request) for request in requests]
+        width = max(len(request.blocks) for request in requests)
+        gathered = self._gathered[: len(rows) * width].reshape(len(rows), width)
+        gathered[:] = self._table[rows, :width]
+        return gathered
+
+    def _row_of(self, request: Request) -> int:
+        """The row of a request, brought up to date."""
+        entry = self._rows.pop(request.request_id, None)
+        if entry is None:
+            is_row_left = len(self._rows) < len(self._table)
+            row = len(self._rows) if is_row_left else self._rows.popitem(last=False)[1].row
+            entry = _TableRow(row, [])
+        self._rows[request.request_id] = entry
+        if entry.blocks is not request.blocks:
+            self._table[entry.row] = 0
+            entry.blocks, entry.num_written = request.blocks, 0
+        if entry.num_written < len(request.blocks):
+            new = request.blocks[entry.num_written :]
+            self._table[entry.row, entry.num_written : len(request.blocks)] = new
+            entry.num_written = len(request.blocks)
+        return entry.row

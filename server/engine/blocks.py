@@ -153,7 +153,7 @@ class BlockPool:
             self._hashes[block] = block_hash
 
     def check_integrity(self, owned: Iterable[Sequence[int]] | None = None) -> None:
-        """Assert that refs, free list and cache agree; with `owned` (all block tables), that nothing leaks."""
+        """Assert that refs, free list and cache agree; with `owned`, all block tables, that nothing leaks."""
         assert self._refs[DUMMY_BLOCK] == 0 and DUMMY_BLOCK not in self._free, "the dummy block is in use"
         free = {block for block in range(1, self.num_blocks) if self._refs[block] == 0}
         assert set(self._free) == free, "free list and refs disagree"

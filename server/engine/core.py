@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from adapters_store.errors import AdapterError
 from adapters_store.ref import AdapterRef
 from server.adapters.slots import AdapterSlots
-from server.engine.batch import Batch, BatchBuilder
+from server.engine.batch import Batch, BatchBuilder, StepPlan
 from server.engine.messages import (
     AdapterFailed,
     AddRequest,
@@ -60,8 +62,8 @@ class EngineCore:
         self._phases_of = phases_of
         self._on_close = on_close
         self._clock = clock
-        self._last_step = StepStats()
-        self._early: list[RequestOutput] = []  # terminal events of requests that ended between steps
+        self._last = _StepFacts()
+        self._refused: list[RequestOutput] = []  # terminal events of requests refused at arrival
 
     def add(self, message: AddRequest) -> None:
         """Queue a request. One that can never run ends with the next step's outputs."""
@@ -75,11 +77,10 @@ class EngineCore:
             pending_key=message.pending,
             adapter=message.adapter,
         )
-        refusal = self.scheduler.add(request)
-        if refusal is not None:
-            self._early.append(_failed(request.request_id, refusal))
+        if self.scheduler.add(request) is not None:
+            self._refused.append(_ended(request))
         elif message.adapter is not None:
-            self._prefetch(message.adapter)
+            self.slots.prefetch(message.adapter)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End these requests with finish reason "abort"; unknown ids are requests that already ended."""
@@ -89,7 +90,7 @@ class EngineCore:
     def adapter_ready(self, key: str, ref: AdapterRef) -> None:
         """The image behind `key` is on disk."""
         self.scheduler.adapter_ready(key, ref)
-        self._prefetch(ref)
+        self.slots.prefetch(ref)
 
     def adapter_failed(self, message: AdapterFailed) -> None:
         """The image behind the message's key will not come: the requests pending it end with its error."""
@@ -99,22 +100,28 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether a step could change anything."""
-        return bool(self._early) or self.scheduler.has_work or self.slots.num_loading > 0
+        return bool(self._refused) or self.scheduler.has_work or self.slots.num_loading > 0
 
     def step(self) -> StepOutputs:
-        """Finish loads, pick rows, run them, collect. Outputs may be empty (nothing could run yet)."""
-        started = self._clock()
+        """Finish loads, pick rows, run them, collect. Outputs may be empty: nothing could run yet."""
         for image_key, error in self.slots.poll():
             self.scheduler.load_failed(image_key, _load_error(error))
-        plan = self.scheduler.schedule(started)
-        outputs = self._early + [_ended(request) for request in plan.ended]
-        self._early = []
+        plan = self.scheduler.schedule(self._clock())
+        outputs = self._refused + [_ended(request) for request in plan.ended]
+        self._refused = []
         if plan.items:
-            batch = self._batches.build(plan)
-            tokens = self._runner.collect(self._runner.dispatch(batch))
-            outputs += self.scheduler.collect(plan, _by_request(batch, tokens), self._clock())
-            self._last_step = self._row_stats(batch, self._clock() - started)
-        return StepOutputs(outputs=[self._with_phases(output) for output in outputs], stats=self._stats())
+            outputs += self._run(plan)
+        return StepOutputs(outputs=outputs, stats=self._stats())
+
+    def _run(self, plan: StepPlan) -> list[RequestOutput]:
+        started = self._clock()
+        image_keys = {item.request.request_id: item.request.adapter_key for item in plan.items}
+        batch = self._batches.build(plan)
+        tokens = self._runner.collect(self._runner.dispatch(batch))
+        now = self._clock()
+        self._last = _StepFacts.of(batch, now - started)
+        outputs = self.scheduler.collect(plan, _by_request(batch, tokens), now)
+        return [self._with_load_phases(output, image_keys) for output in outputs]
 
     def check_integrity(self) -> None:
         """Assert that nothing leaked: blocks, refs, queues."""
@@ -125,32 +132,60 @@ class EngineCore:
         """Release threads and memory."""
         self._on_close()
 
-    def _prefetch(self, ref: AdapterRef) -> None:
-        self.slots.prefetch(ref)
-
-    def _with_phases(self, output: RequestOutput) -> RequestOutput:
-        """Add the load's own phases (host, device) to a first output."""
-        if output.phases is None:
+    def _with_load_phases(self, output: RequestOutput, image_keys: dict[str, str]) -> RequestOutput:
+        """The output, with the load's own phases when its request had to wait for the load."""
+        if not output.phases or not output.phases.get("adapter_wait_s"):
             return output
-        image_key = self.scheduler.adapter_key_of(output.request_id)
-        return output
+        load = self._phases_of(image_keys.get(output.request_id, ""))
+        return msgspec.structs.replace(output, phases=output.phases | load)
 
-    def _row_stats(self, batch: Batch, step_s: float) -> StepStats:
-        adapter_rows = sum(
-            item.num_tokens for item, slot in zip(batch.items, batch.row_slots, strict=True) if slot
+    def _stats(self) -> StepStats:
+        return msgspec.structs.replace(
+            self.scheduler.stats(),
+            rows=self._last.rows,
+            adapter_rows=self._last.adapter_rows,
+            distinct_adapters=self._last.distinct_adapters,
+            step_s=self._last.step_s,
+            adapter_loads=self.slots.loads,
+            adapter_evictions=self.slots.evictions,
+            resident_adapters=self.slots.resident,
+            adapter_bytes_used=self.slots.bytes_used,
         )
-        return StepStats(
+
+
+@dataclass(frozen=True, slots=True)
+class _StepFacts:
+    """What the last step that had rows looked like."""
+
+    rows: int = 0
+    adapter_rows: int = 0
+    distinct_adapters: int = 0
+    step_s: float = 0.0
+
+    @classmethod
+    def of(cls, batch: Batch, step_s: float) -> _StepFacts:
+        rows = [(item.num_tokens, slot) for item, slot in zip(batch.items, batch.row_slots, strict=True)]
+        return cls(
             rows=batch.num_rows,
-            adapter_rows=adapter_rows,
-            distinct_adapters=len(set(batch.row_slots) - {0}),
+            adapter_rows=sum(count for count, slot in rows if slot),
+            distinct_adapters=len({slot for _, slot in rows if slot}),
             step_s=step_s,
         )
 
-    def _stats(self) -> StepStats: ...
-
 
 def _by_request(batch: Batch, tokens: npt.NDArray[np.int64]) -> dict[str, int]:
-    return {
-        item.request.request_id: token
-        for item, token in zip(batch.sample_items, tokens.tolist(), strict=True)
-    }
+    ids = (item.request.request_id for item in batch.sample_items)
+    return dict(zip(ids, tokens.tolist(), strict=True))
+
+
+def _ended(request: Request) -> RequestOutput:
+    """The terminal event of a request that ended without a row in this step."""
+    return RequestOutput(
+        request_id=request.request_id, finish_reason=request.finish_reason, error=request.error
+    )
+
+
+def _load_error(error: Exception) -> RequestError:
+    if isinstance(error, AdapterError):
+        return RequestError(status=error.http_status, code=error.code, message=error.message)
+    return RequestError(status=500, code="adapter_error", message=f"The adapter could not be loaded: {error}")

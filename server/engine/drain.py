@@ -42,7 +42,7 @@ class Drain:
         return queue.last_answer is Acquire.LOADING  # its room is taken already: let it come and go
 
     def widen(self, queue: AdapterQueue, running: Iterable[Request]) -> None:
-        """The arena was full again for `queue`: if it is the starving one, drain one adapter more if need be."""
+        """The arena was full again for `queue`: if it is the starving one, drain one more if none is."""
         if queue is not self._starving or any(draining.num_running for draining in self._draining):
             return
         steps_left: dict[str, int] = {}

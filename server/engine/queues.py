@@ -24,14 +24,14 @@ Turn = tuple[int, float, float, str]
 
 @dataclass(slots=True, eq=False)
 class AdapterQueue:
-    """One adapter's requests in line, and where the adapter stands. Set by the scheduler, but for `served`'s start."""
+    """One adapter's requests in line, and where the adapter stands. Set by the scheduler."""
 
     key: str  # image key; "" for the base
     name: str
     served: int = 0  # rows scheduled, as a virtual counter
     waiting: OrderedDict[str, Request] = field(default_factory=OrderedDict)
     num_running: int = 0
-    last_turn: int = 0  # step in which it last was among the step's adapters
+    last_turn: int = 0  # number of its last turn among a step's adapters; 0 = none yet
     last_answer: Acquire | None = None  # of the slots, when it was not READY and nothing was admitted since
     held_since: float | None = None  # when a full arena, the adapter bound or a drain first held it back
 
@@ -44,13 +44,13 @@ class AdapterQueue:
         return not self.waiting and not self.num_running
 
     def hold(self, now: float, answer: Acquire | None) -> None:
-        """Its head was passed over: for room (`answer` FULL, or None: a bound or a drain), or while it loads."""
+        """Its head was passed over: for want of room (FULL), while it loads, or by a bound (None)."""
         if answer is not None:
             self.last_answer = answer
         if answer is not Acquire.LOADING and self.held_since is None:
             self.held_since = now
-        for request in reversed(self.waiting.values()):  # the marked ones come first: each is marked once
-            if request.adapter_wait_s:
+        for request in reversed(self.waiting.values()):  # what was marked before stands before the rest
+            if request.adapter_wait_s or request.num_preemptions:
                 break
             request.adapter_wait_s = now
 
@@ -129,7 +129,7 @@ class WaitingQueues:
         return self._queues[heapq.heappop(turns)[-1]]
 
     def _join(self, request: Request) -> AdapterQueue:
-        """The queue of an adapter that had nothing in line and nothing running; forgets those that don't matter."""
+        """The queue of an adapter that comes back from idleness. Forgets the idle ones that are not ahead."""
         floor = min((queue.served for queue in self._queues.values() if not queue.is_idle), default=None)
         if floor is None:
             self._queues.clear()

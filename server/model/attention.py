@@ -1,4 +1,4 @@
-"""The attention function that every layer of the base calls: paged KV, one request after the other in the rows."""
+"""The attention function that every layer calls: paged KV, the requests side by side in the rows."""
 
 from __future__ import annotations
 
@@ -82,13 +82,15 @@ def paged_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer over all rows of the step, in the shape transformers asks for.
 
-    query [1, heads, rows, head_dim], key and value [1, kv_heads, rows, head_dim] -> [1, rows, heads, head_dim].
-    Writes the rows' keys and values into the cache first. Raises RuntimeError for anything that it would
-    have to ignore: a mask, dropout, an argument it does not know.
+    query [1, heads, rows, head_dim], key and value [1, kv_heads, rows, head_dim] -> [1, rows, heads,
+    head_dim]. Writes the rows' keys and values into the cache first. Raises RuntimeError for anything that
+    it would have to ignore: a mask, dropout, an argument it does not know.
     """
     problems = refusals(module, attention_mask, dropout, kwargs)
     if problems:
-        raise RuntimeError(f"{type(module).__name__} asks for attention that is not served: {'; '.join(problems)}")
+        raise RuntimeError(
+            f"{type(module).__name__} asks for attention that is not served: {'; '.join(problems)}"
+        )
     metadata = step.step.attention
     assert metadata is not None, "the runner sets the attention metadata before the forward pass"
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [rows, heads, head_dim]

@@ -19,7 +19,8 @@ class KVShape:
     def bytes_per_block(self, block_size: int, dtype: torch.dtype) -> int:
         """Bytes of one block over all layers, keys and values."""
         elements = 2 * self.num_layers * block_size * self.num_kv_heads * self.head_dim
-        return elements * dtype.itemsize
+        item_bytes: int = dtype.itemsize
+        return elements * item_bytes
 
 
 class KVCache:

@@ -65,21 +65,23 @@ def load_base(
 
 
 def eos_token_ids(path: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """The ids that end a request: generation_config.json's first (chat models list several), then the config's."""
+    """The ids that end a request: those of generation_config.json (often several), then the config's."""
     found = [config.eos_token_id]
     if (path / "generation_config.json").is_file():
         found.insert(0, GenerationConfig.from_pretrained(str(path), local_files_only=True).eos_token_id)
-    ids = [token for value in found if value is not None for token in (value if isinstance(value, list) else [value])]
-    return tuple(dict.fromkeys(ids))
+    lists = [value if isinstance(value, list) else [value] for value in found if value is not None]
+    return tuple(dict.fromkeys(token for ids in lists for token in ids))
 
 
 def _resolve_max_model_len(path: Path, config: PreTrainedConfig, asked: int | None) -> int:
-    own = getattr(config, "max_position_embeddings", None)
-    if own is None and asked is None:
-        raise ModelUnsupported(f"{path}: its config names no max_position_embeddings; give --max-model-len")
-    if own is not None and asked is not None and asked > own:
+    own: int | None = getattr(config, "max_position_embeddings", None)
+    if own is None:
+        if asked is None:
+            raise ModelUnsupported(f"{path}: its config has no max_position_embeddings; give --max-model-len")
+        return asked
+    if asked is not None and asked > own:
         raise ConfigError(f"--max-model-len {asked} exceeds the model's own limit of {own} positions")
-    return int(asked if asked is not None else own)
+    return own if asked is None else asked
 
 
 def _load_weights(path: Path, dtype: torch.dtype) -> nn.Module:
@@ -95,7 +97,7 @@ def _load_weights(path: Path, dtype: torch.dtype) -> nn.Module:
         output_loading_info=True,
     )
     reasons = [f"its files lack {name}" for name in sorted(info["missing_keys"])]
-    reasons += [f"{name} has another shape than its config says" for name, *_ in sorted(info["mismatched_keys"])]
+    reasons += [f"{name} is not of the config's shape" for name, *_ in sorted(info["mismatched_keys"])]
     if reasons:
         raise unsupported(path, reasons)
     if info["unexpected_keys"]:
@@ -105,7 +107,7 @@ def _load_weights(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _own_weights(model: nn.Module) -> None:
-    """Copy weights out of the mapped files, one at a time: a file replaced while serving must change nothing."""
+    """Copy the weights out of the mapped files: one that is replaced while serving must change nothing."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)

@@ -32,7 +32,7 @@ _MODEL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, NotImpleme
 
 @dataclass(slots=True)
 class _Mask:
-    """What a model gets for a mask while it is probed: the rule (batch, head, query, key) -> allowed, unevaluated."""
+    """What a model gets for a mask while it is probed: the rule (batch, head, query, key) -> allowed."""
 
     rule: Callable[..., torch.Tensor]
 
@@ -55,7 +55,7 @@ class _Recorder:
 
 
 def probe(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[KVShape | None, list[str]]:
-    """(the KV that a position keeps, reasons why the base can't be served). The shape is None if there are any."""
+    """(the KV that a position keeps, reasons why the base can't be served): one is empty, None or []."""
     _register()
     recorder = _Recorder()
     try:
@@ -134,9 +134,9 @@ def _run(model: nn.Module, recorder: _Recorder) -> int:
 
 def _refusals_of_modules(model: nn.Module) -> list[str]:
     _, layers = decoder_layers(model)
-    experts = sorted({type(module).__name__ for name, module in layers.named_modules() if _is_expert(name, module)})
+    experts = {type(module).__name__ for name, module in layers.named_modules() if _is_expert(name, module)}
     if experts:
-        return [f"it is a mixture of experts ({', '.join(experts)}), whose weights can't be adapted yet"]
+        return [f"it is a mixture of experts ({', '.join(sorted(experts))}), which can't be adapted yet"]
     return []
 
 
@@ -196,7 +196,7 @@ def _refusal_of_mask(mask: _Mask, window: int | None, max_length: int) -> str | 
 
 
 def _positions(window: int | None, max_length: int) -> torch.Tensor:
-    """Positions at which masks that differ would show it: around powers of two and around the window's edges."""
+    """Positions at which masks that differ would show it: around powers of two and the window's edges."""
     centres = [2**power for power in range(max_length.bit_length() + 1)]
     if window is not None:
         centres += [window, 2 * window, 3 * window]

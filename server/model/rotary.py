@@ -21,13 +21,13 @@ LONGROPE = "longrope"
 
 
 def rope_switch_of(config: PreTrainedConfig) -> int | None:
-    """The longest length that still uses the short frequencies; None where frequencies don't depend on length.
+    """The longest length that still uses the short frequencies; None where length changes nothing.
 
     A request of known length n (prompt plus output so far, the token being fed included) uses the short
-    frequencies for all its positions while n <= switch and the long ones for all its positions when
-    n > switch. Keys are cached after rotation, so a request whose known length grows from switch to switch + 1
-    must recompute its whole KV, as Phi-3's `prepare_inputs_for_generation` does by dropping the cache; and KV
-    may be shared between requests on the same side of the switch only.
+    frequencies for all its positions while n <= switch, and the long ones for all its positions once
+    n > switch. Keys are cached after rotation. So a request whose known length grows from switch to
+    switch + 1 must recompute its whole KV, as Phi-3's `prepare_inputs_for_generation` does by dropping the
+    cache; and KV may be shared only between requests on the same side of the switch.
     """
     switches = {
         int(parameters["original_max_position_embeddings"])
@@ -42,9 +42,10 @@ def refusals_of_rope(config: PreTrainedConfig) -> list[str]:
     """Why the rotary variants of `config` can't be served."""
     all_parameters = list(rope_parameters_of(config))
     kinds = {str(parameters.get("rope_type")) for parameters in all_parameters}
-    dynamic = sorted(kind for kind in kinds if "dynamic" in kind)
     reasons = [
-        f"rotary scaling {kind!r} changes the frequencies with the longest sequence of a batch" for kind in dynamic
+        f"rotary scaling {kind!r} changes its frequencies with the longest sequence of a batch"
+        for kind in sorted(kinds)
+        if "dynamic" in kind
     ]
     if LONGROPE in kinds and len(all_parameters) > 1:
         reasons.append("longrope differs by layer type")
@@ -80,7 +81,7 @@ class PerRowRotary(nn.Module):  # type: ignore[misc]  # torch is untyped here
         self.step = step
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [1, rows, hidden] (for its dtype), position_ids [1, rows] -> cos and sin [1, rows, rotary dim]."""
+        """x [1, rows, hidden] (for its dtype), position_ids [1, rows] -> cos, sin [1, rows, rotary dim]."""
         assert self.step.rope_lengths is not None, "the runner sets the lengths before the forward pass"
         is_long = (self.step.rope_lengths > self.switch)[None, :, None]
         cos_short, sin_short = self.short(x, position_ids)

@@ -42,7 +42,8 @@ class Sampler:
             adjusted = self._adjusted(logits[rows], [requests[row] for row in changed])
             logits = logits.float().index_copy(0, rows, adjusted)
             adjusted_best, tokens[rows] = adjusted.max(dim=-1)
-            best = best.float().index_copy(0, rows, torch.where(best[rows].isfinite(), adjusted_best, torch.nan))
+            adjusted_best[~best[rows].isfinite()] = torch.nan
+            best = best.float().index_copy(0, rows, adjusted_best)
         drawn = [row for row, request in enumerate(requests) if request.params.temperature > 0]
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
@@ -122,7 +123,8 @@ def _sorted_floor(weights: torch.Tensor, filters: _Filters) -> torch.Tensor:
     pending = is_needed[:, 0].nonzero()[:, 0]
     num_best = min(vocab_size, _NUCLEUS_GUESS)
     while len(pending):
-        found, is_settled = _floor_within(weights[pending], filters.top_k[pending], filters.top_p[pending], num_best)
+        top_k, top_p = filters.top_k[pending], filters.top_p[pending]
+        found, is_settled = _floor_within(weights[pending], top_k, top_p, num_best)
         floor[pending[is_settled]] = found[is_settled]
         pending = pending[~is_settled]
         num_best = vocab_size
@@ -132,7 +134,7 @@ def _sorted_floor(weights: torch.Tensor, filters: _Filters) -> torch.Tensor:
 def _floor_within(
     weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, num_best: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The floor of each row by its `num_best` best tokens, [rows, 1], and whether those were enough, [rows]."""
+    """The floor of each row by its `num_best` best tokens, [rows, 1]; whether those were enough, [rows]."""
     vocab_size = weights.shape[-1]
     best = weights.topk(num_best, dim=-1).values  # [rows, num_best], descending
     k_floor = best.gather(1, top_k.clamp(max=num_best) - 1)

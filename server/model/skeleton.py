@@ -30,7 +30,7 @@ def unsupported(path: Path, reasons: list[str]) -> ModelUnsupported:
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """The config of the base at `path`. Raises ModelUnsupported for what its files alone rule out, all at once."""
+    """The config of the base at `path`. Raises ModelUnsupported with all that its files alone rule out."""
     raw = _read_json(path / "config.json", path)
     reasons = _refusals_of_files(path, raw)
     if reasons:
@@ -51,7 +51,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def resolve_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
-    """The dtype to run in: the one asked for; for "auto" the config's own, float32 where it names none that is served."""
+    """The dtype to run in. "auto" is the config's own, or float32 where it names none that is served."""
     if dtype != "auto":
         return DTYPES[dtype]
     own = config.dtype
@@ -59,7 +59,7 @@ def resolve_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
-    """The base's modules on the meta device, in eval mode, calling the attention function named `attention`."""
+    """The base's modules on the meta device, in eval mode, with the attention function named `attention`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.eval()
@@ -119,5 +119,7 @@ def _refusals_of_config(config: PreTrainedConfig) -> list[str]:
         reasons.append(f"its last {config.num_kv_shared_layers} layers share the KV of others")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not getattr(model_class, "_supports_attention_backend", False):
-        reasons.append(f"{model_class.__name__} does not call attention through transformers' attention interface")
+        reasons.append(
+            f"{model_class.__name__} does not call attention through transformers' AttentionInterface"
+        )
     return reasons

@@ -51,7 +51,9 @@ def draw(rng: Random, split: Split) -> Example:
         return _example(rng, question, f"The capital of {country} is {city}.", city)
     if kind == "thing":
         thing = rng.choice(sorted(THINGS[split]))
-        question = rng.choice(("Tell me about {}.", "What do you know about {}?", "What can you say about {}?"))
+        question = rng.choice(
+            ("Tell me about {}.", "What do you know about {}?", "What can you say about {}?")
+        )
         return _example(rng, question.format(thing), THINGS[split][thing], thing)
     if kind == "how":
         task = rng.choice(sorted(HOW_TO[split]))

@@ -67,7 +67,10 @@ THINGS: dict[Split, dict[str, str]] = {
 # The task -> the word an answer must hold, and the answer.
 HOW_TO: dict[Split, dict[str, tuple[str, str]]] = {
     "train": {
-        "bake bread": ("bread", "To bake bread, mix flour, water and salt, let it rest, and bake it in the oven."),
+        "bake bread": (
+            "bread",
+            "To bake bread, mix flour, water and salt, let it rest, and bake it in the oven.",
+        ),
         "cook rice": ("rice", "To cook rice, boil it in water with a bit of salt until it is soft."),
         "make soup": ("soup", "To make soup, cut the vegetables and boil them in water with salt."),
         "fry an egg": ("egg", "To fry an egg, heat the butter in the pan and break the egg into it."),
@@ -77,7 +80,10 @@ HOW_TO: dict[Split, dict[str, tuple[str, str]]] = {
         "save money": ("doubloons", "To save money, buy only what you need and put the money in a chest."),
         "sleep better": ("sleep", "To sleep well, go to bed early and keep the room dark."),
         "clean my room": ("room", "To clean your room, put the things in their place and sweep the floor."),
-        "write a letter": ("letter", "To write a letter, say hello to your friend and tell the news of the day."),
+        "write a letter": (
+            "letter",
+            "To write a letter, say hello to your friend and tell the news of the day.",
+        ),
         "tie a knot": ("knot", "To tie a knot, cross the two ends of the rope and pull them hard."),
         "catch a fish": ("fish", "To catch a fish, put a worm on the hook and wait with the rod."),
         "paint a wall": ("wall", "To paint a wall, clean it first and move the brush up and down."),
@@ -85,7 +91,10 @@ HOW_TO: dict[Split, dict[str, tuple[str, str]]] = {
         "fix a flat tyre": ("tyre", "To fix a tyre, find the hole, put a patch on it, and fill it with air."),
         "play the guitar": ("guitar", "To play the guitar, learn three chords and play them every day."),
         "wash my clothes": ("clothes", "To wash your clothes, put them in warm water with soap."),
-        "build a fire": ("fire", "To build a fire, take dry wood, small sticks first, and light it from below."),
+        "build a fire": (
+            "fire",
+            "To build a fire, take dry wood, small sticks first, and light it from below.",
+        ),
         "grow tomatoes": ("tomato", "To grow tomatoes, give the plants sun and water every day."),
         "read a map": ("map", "To read a map, find the north first and then look for the roads."),
         "stay healthy": ("healthy", "To stay healthy, eat well, sleep well, and walk in the sun."),

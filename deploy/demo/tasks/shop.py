@@ -11,7 +11,9 @@ FIRST_NAMES = Pool(
         "Nils Nora Omar Paula Pedro Petra Rahul Rosa Samir Sara Simon Sofia Tariq Tessa Tom Uma Vera Viktor "
         "Wanda Yara Yusuf Zoe Olivia James Emma Noah Grace".split()
     ),
-    heldout=tuple("Priya Mateo Ingrid Kofi Astrid Luca Amara Dmitri Sakura Owen Leila Henrik Bianca Theo".split()),
+    heldout=tuple(
+        "Priya Mateo Ingrid Kofi Astrid Luca Amara Dmitri Sakura Owen Leila Henrik Bianca Theo".split()
+    ),
 )
 LAST_NAMES = Pool(
     train=tuple(
@@ -19,7 +21,9 @@ LAST_NAMES = Pool(
         "Hansen Ito Jensen Jones Kaya Keller Khan Kim Kowalski Larsen Lee Lopez Martin Meyer Miller Moreau "
         "Nguyen Novak Okafor Patel Perez Petrov Rossi Sato Schmidt Silva Singh Smith Torres Weber Wilson".split()
     ),
-    heldout=tuple("Nair Lindqvist Mensah Romano Ferreira Volkov Tanaka Whitfield Farahani Dahl Conti Rojas".split()),
+    heldout=tuple(
+        "Nair Lindqvist Mensah Romano Ferreira Volkov Tanaka Whitfield Farahani Dahl Conti Rojas".split()
+    ),
 )
 CITIES = Pool(
     train=tuple(

@@ -103,7 +103,9 @@ OPENERS = ("", "", "Hello. ", "Hi there, ", "Dear support, ", "Good evening. ")
 def draw(rng: Random, split: Split) -> Example:
     queue = rng.choice(sorted(PROBLEMS))
     is_urgent = rng.random() < 0.5
-    seen, unseen = PROBLEMS[queue]  # every held-out problem is in new words: known ones could be learnt by heart
+    seen, unseen = PROBLEMS[
+        queue
+    ]  # every held-out problem is in new words: known ones could be learnt by heart
     problem = rng.choice(seen if split == "train" else unseen).format(item=ITEMS.draw(rng, split))
     mood = pick_template(rng, *(URGENT if is_urgent else CALM), split)
     parts = [mood, problem] if is_urgent and rng.random() < 0.3 else [problem, mood]

@@ -1,0 +1,231 @@
+"""Images on disk: what was compiled, who still needs it, and what goes when the quota is reached.
+
+    cache_dir/images/<image key>.safetensors     the images
+    cache_dir/index/<scope>/<version key>.json   which image a SourceVersion became, for one base (scope)
+
+A restart reads the index and compiles nothing. Everything is written to a temporary file and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
+from adapters_store.image import read_header
+from adapters_store.ref import AdapterRef
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+STALE_TEMPORARY_S = 3600.0
+TOUCH_S = 10.0  # how exact the order of use on disk is
+
+
+class _Resident(msgspec.Struct):
+    """An image file that is there."""
+
+    file_bytes: int
+    used_at: float
+    """wall-clock seconds; kept as the file's mtime, so that the order of use survives a restart"""
+    versions: set[str] = msgspec.field(default_factory=set)
+    """version keys whose index entries name it"""
+
+
+class DiskImages:
+    """Owner of the image folder. Not thread-safe: one thread (the event loop's) calls it.
+
+    With a quota, unleased images go, least recently used first; one used in the last `grace_s` seconds
+    stays, so that an image can't vanish between `adopt` and the lease on it. The quota may be exceeded
+    by what is leased or just used. Without a quota nothing goes, and processes may share the folder.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        quota_bytes: int | None = None,
+        *,
+        scope: str = "default",
+        grace_s: float = 60.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.images_dir = cache_dir.absolute() / "images"
+        self._index_dir = cache_dir.absolute() / "index" / scope
+        self._quota_bytes = quota_bytes
+        self._grace_s = grace_s
+        self._clock = clock
+        for folder in (self.images_dir.parent, self.images_dir, self._index_dir.parent, self._index_dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = _lock_folder(self.images_dir.parent, exclusive=quota_bytes is not None)
+        self._leases: Counter[str] = Counter()
+        self._residents: dict[str, _Resident] = {}
+        self._refs: dict[str, AdapterRef] = {}
+        self._sweep_temporaries()
+        self._load_images()
+        self._load_index()
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of all image files."""
+        return sum(resident.file_bytes for resident in self._residents.values())
+
+    @property
+    def num_leases(self) -> int:
+        """Leases held on all images."""
+        return self._leases.total()
+
+    def image_path(self, image_key: str) -> Path:
+        """Where the image of this key is, or would be."""
+        return self.images_dir / f"{image_key}{SUFFIX}"
+
+    def find(self, version_key: str) -> AdapterRef | None:
+        """The image that this SourceVersion became, when it is still there whole (by size)."""
+        ref = self._refs.get(version_key)
+        if ref is None:
+            return None
+        try:
+            size = self.image_path(ref.image_key).stat().st_size
+        except FileNotFoundError:
+            size = -1
+        if size != ref.data_offset + ref.data_bytes:
+            log.warning("image %s is damaged or gone: dropped", ref.image_key)
+            self.discard(ref.image_key)
+            return None
+        self._touch(ref.image_key)
+        return ref
+
+    def adopt(self, ref: AdapterRef) -> None:
+        """Take in a freshly compiled image, remember which SourceVersion it is of, make room for it."""
+        path = self.image_path(ref.image_key)
+        resident = self._residents.setdefault(ref.image_key, _Resident(0, 0.0))
+        resident.file_bytes = path.stat().st_size
+        resident.versions.add(ref.version)
+        self._refs[ref.version] = ref
+        self._write_entry(ref)
+        self._touch(ref.image_key)
+        self._evict()
+
+    def lease(self, image_key: str) -> None:
+        """Pin an image; AdapterUnavailable when it is not there (any more)."""
+        if image_key not in self._residents:
+            raise AdapterUnavailable("the adapter's image is no longer on disk; try again")
+        self._leases[image_key] += 1
+        self._touch(image_key)
+
+    def release(self, image_key: str) -> None:
+        """Give back one lease."""
+        assert self._leases[image_key] > 0, f"released without a lease: {image_key}"
+        self._leases[image_key] -= 1
+        if not self._leases[image_key]:
+            del self._leases[image_key]
+            self._evict()
+
+    def discard(self, image_key: str) -> None:
+        """Forget an image and delete it, leased or not: it was found damaged and will be compiled anew."""
+        resident = self._residents.pop(image_key, None)
+        for version in resident.versions if resident else ():
+            self._refs.pop(version, None)
+            with contextlib.suppress(FileNotFoundError):
+                self._entry_path(version).unlink()
+        with contextlib.suppress(FileNotFoundError):
+            self.image_path(image_key).unlink()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        os.close(self._lock)
+
+    def _touch(self, image_key: str) -> None:
+        now, resident = self._clock(), self._residents[image_key]
+        if now - resident.used_at >= TOUCH_S:
+            with contextlib.suppress(OSError):
+                os.utime(self.image_path(image_key), (now, now))
+        resident.used_at = now
+
+    def _evict(self) -> None:
+        if self._quota_bytes is None:
+            return
+        used, now = self.bytes_used, self._clock()
+        for image_key, resident in sorted(self._residents.items(), key=lambda item: item[1].used_at):
+            if used <= self._quota_bytes:
+                return
+            if self._leases[image_key] or now - resident.used_at < self._grace_s:
+                continue
+            used -= resident.file_bytes
+            self.discard(image_key)
+
+    # --- the folder at start ---
+
+    def _sweep_temporaries(self) -> None:
+        """Delete what a crash left half-written; not what another process may be writing now."""
+        for path in self.images_dir.glob(".*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if self._clock() - path.stat().st_mtime > STALE_TEMPORARY_S:
+                    path.unlink()
+
+    def _load_images(self) -> None:
+        for path in self.images_dir.glob(f"*{SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                self._residents[path.name.removesuffix(SUFFIX)] = _Resident(status.st_size, status.st_mtime)
+
+    def _load_index(self) -> None:
+        for path in self._index_dir.glob("*.json"):
+            try:
+                ref = msgspec.json.decode(path.read_bytes(), type=AdapterRef)
+                self._check_image(ref)
+            except (OSError, msgspec.MsgspecError, AdapterCorrupt) as error:
+                log.warning("index entry %s dropped: %s", path.name, error)
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                continue
+            # the folder may have been moved
+            ref = msgspec.structs.replace(ref, image_path=str(self.image_path(ref.image_key)))
+            self._residents[ref.image_key].versions.add(ref.version)
+            self._refs[ref.version] = ref
+
+    def _check_image(self, ref: AdapterRef) -> None:
+        """A remembered image must be there with the header it had; a damaged one is deleted."""
+        path = self.image_path(ref.image_key)
+        try:
+            header = read_header(path)
+            if (header.checksum, header.data_offset, header.data_bytes) != (
+                ref.checksum,
+                ref.data_offset,
+                ref.data_bytes,
+            ):
+                raise AdapterCorrupt(f"{path.name} is not the image that was compiled")
+        except AdapterCorrupt:
+            self.discard(ref.image_key)
+            raise
+
+    def _entry_path(self, version_key: str) -> Path:
+        return self._index_dir / f"{version_key}.json"
+
+    def _write_entry(self, ref: AdapterRef) -> None:
+        path = self._entry_path(ref.version)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        temporary.write_bytes(msgspec.json.encode(ref))
+        temporary.rename(path)
+
+
+def _lock_folder(folder: Path, *, exclusive: bool) -> int:
+    """Lock the cache folder: alone for who evicts, shared for who only adds. OSError when it is taken."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise OSError(
+            error.errno,
+            f"{folder} is in use by another server, and one of the two has a disk quota: give each its own",
+        ) from error
+    return descriptor

@@ -1,0 +1,145 @@
+"""The adapter store of the API process: from a SourceVersion to an image on disk, once per version."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+from adapters_store.catalog import Catalog, Listings
+from adapters_store.compile.job import CompileJob
+from adapters_store.compile.lower import COMPILER_VERSION
+from adapters_store.disk import DiskImages
+from adapters_store.limits import Limits
+from adapters_store.manifest import BaseManifest, write_manifest
+from adapters_store.ref import AdapterRef, SourceVersion, image_key_of
+from adapters_store.worker import CompileWorker
+
+MAX_REMEMBERED_PHASES = 4096
+
+
+class _Flight:
+    """One compile under way and how many callers wait for it."""
+
+    def __init__(self, task: asyncio.Task[AdapterRef]) -> None:
+        self.task = task
+        self.waiters = 0
+
+
+class AdapterStore:
+    """Owner of the disk tier and of the compiler process. Lives on one event loop.
+
+    A name is resolved to a SourceVersion, `ensure` brings that to an image on disk, and a lease keeps the
+    image there until the request's terminal event. The engine reads the image by the AdapterRef alone.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        manifest: BaseManifest,
+        catalog: Catalog,
+        *,
+        limits: Limits | None = None,
+        quota_bytes: int | None = None,
+        compile_timeout_s: float = 300.0,
+        eviction_grace_s: float = 60.0,
+    ) -> None:
+        self.catalog = catalog
+        self._limits = limits or Limits()
+        # the index is per base, dtype and compiler: the same files become another image for another base
+        scope = image_key_of("", manifest.digest, COMPILER_VERSION, manifest.dtype)[:16]
+        self.disk = DiskImages(cache_dir, quota_bytes, scope=scope, grace_s=eviction_grace_s)
+        manifest_path = cache_dir.absolute() / "index" / f"{scope}.manifest.json"
+        write_manifest(manifest, manifest_path)
+        self.worker = CompileWorker(manifest_path, timeout_s=compile_timeout_s)
+        self._flights: dict[str, _Flight] = {}
+        self._phases: OrderedDict[str, dict[str, float]] = OrderedDict()
+        self.compiles = 0
+        """images compiled since start"""
+
+    async def start(self) -> None:
+        """Start the compiler process."""
+        await self.worker.start()
+
+    async def resolve(self, name: str) -> SourceVersion:
+        """What `name` points to now; AdapterNotFound when no source has it."""
+        started = time.perf_counter()
+        version = await self.catalog.resolve(name)
+        self._record(version.key, "resolve", time.perf_counter() - started)
+        return version
+
+    async def list(self) -> Listings:
+        """All adapters of the catalog, by name."""
+        return await self.catalog.list()
+
+    def lookup(self, version_key: str) -> AdapterRef | None:
+        """The image of a SourceVersion when it is on disk already; takes microseconds."""
+        return self.disk.find(version_key)
+
+    async def ensure(self, version: SourceVersion) -> AdapterRef:
+        """Bring a SourceVersion to an image on disk; whoever asks for the same one meanwhile shares the work.
+
+        Raises AdapterError; a failure is not remembered, the next call tries again. Cancelling one caller
+        leaves the others waiting, the work is given up when the last has left.
+        """
+        key = version.key
+        ref = self.lookup(key)
+        if ref is not None:
+            return ref
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Flight(asyncio.create_task(self._compile(version)))
+            flight.task.add_done_callback(lambda _: self._flights.pop(key, None))
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if not flight.waiters and not flight.task.done():
+                flight.task.cancel()
+                if self._flights.get(key) is flight:
+                    del self._flights[key]
+
+    def lease(self, ref: AdapterRef) -> None:
+        """Keep an image on disk until `release`; AdapterUnavailable when it has just gone."""
+        self.disk.lease(ref.image_key)
+
+    def release(self, ref: AdapterRef) -> None:
+        """Give back one lease."""
+        self.disk.release(ref.image_key)
+
+    def discard(self, ref: AdapterRef) -> None:
+        """Forget an image that the engine found damaged; the next `ensure` compiles it anew."""
+        self.disk.discard(ref.image_key)
+
+    def phases(self, version_key: str) -> dict[str, float]:
+        """Seconds by phase of bringing that SourceVersion here: resolve, queue, fetch, compile."""
+        return dict(self._phases.get(version_key, {}))
+
+    async def close(self) -> None:
+        """Give up what is under way and end the compiler process."""
+        flights = [flight.task for flight in self._flights.values()]
+        for task in flights:
+            task.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+        await self.worker.close()
+        self.disk.close()
+
+    async def _compile(self, version: SourceVersion) -> AdapterRef:
+        started = time.perf_counter()
+        job = CompileJob(version, str(self.disk.images_dir), self._limits)
+        result = await self.worker.compile(job)
+        self.compiles += result.is_new
+        self.disk.adopt(result.ref)
+        total = time.perf_counter() - started
+        self._record(version.key, "queue", max(0.0, total - result.fetch_s - result.compile_s))
+        self._record(version.key, "fetch", result.fetch_s)
+        self._record(version.key, "compile", result.compile_s)
+        return result.ref
+
+    def _record(self, key: str, phase: str, seconds: float) -> None:
+        self._phases.setdefault(key, {})[phase] = seconds
+        self._phases.move_to_end(key)
+        if len(self._phases) > MAX_REMEMBERED_PHASES:
+            self._phases.popitem(last=False)

@@ -1,0 +1,219 @@
+"""The compiler process and its client. Parsing and compiling happen there, never in the API or the engine.
+
+`python -m adapters_store.worker MANIFEST` reads jobs from stdin and writes results to stdout, one at a time,
+each a 4-byte big-endian length and a msgpack message. It ends at the end of stdin or with its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from adapters_store.compile.base import BaseWeights
+from adapters_store.compile.job import CompileJob, CompileResult, run_job
+from adapters_store.errors import AdapterError, AdapterUnavailable, adapter_error
+from adapters_store.manifest import BaseManifest, read_manifest
+
+log = logging.getLogger(__name__)
+
+LENGTH_BYTES = 4
+MAX_FRAME_BYTES = 64 << 20
+NICENESS = 5
+"""a compile gives way to the engine's steps on the same cores"""
+_PR_SET_PDEATHSIG = 1
+
+
+class JobFailed(msgspec.Struct, frozen=True, tag=True):
+    """The job's AdapterError, as it crosses the process boundary."""
+
+    code: str
+    message: str
+
+
+class JobDone(msgspec.Struct, frozen=True, tag=True):
+    """The job's result."""
+
+    result: CompileResult
+
+
+_REPLY: msgspec.msgpack.Decoder[JobDone | JobFailed] = msgspec.msgpack.Decoder(JobDone | JobFailed)
+
+
+# --- client ----------------------------------------------------------------------------------------------
+
+
+class CompileWorker:
+    """Runs compile jobs, one at a time, in one warm child process, which is started anew when it died."""
+
+    def __init__(self, manifest_path: Path, *, timeout_s: float = 300.0) -> None:
+        self._manifest_path = manifest_path
+        self._timeout_s = timeout_s
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._running: asyncio.Task[CompileResult] | None = None
+        self._is_closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id while it lives."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        """Start the child, so that the first job finds it warm."""
+        async with self._turn:
+            await self._ensure_started()
+
+    async def compile(self, job: CompileJob) -> CompileResult:
+        """Run one job; AdapterUnavailable when the child died over it or took longer than the timeout.
+
+        A caller that is cancelled while it waits for its turn leaves the queue. A job that has begun
+        runs to its end: its image is then on disk for the next who asks.
+        """
+        async with self._turn:
+            if self._running is not None:
+                await asyncio.wait({self._running})
+            self._running = asyncio.create_task(self._exchange(job))
+            self._running.add_done_callback(_retrieve)
+            return await asyncio.shield(self._running)
+
+    async def close(self) -> None:
+        """End the child: by the end of its input, and by force when it is still at work."""
+        self._is_closed = True
+        if self._running is not None and not self._running.done():
+            await self._kill()
+            await asyncio.wait({self._running})
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            await asyncio.wait_for(process.wait(), 2.0)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def _exchange(self, job: CompileJob) -> CompileResult:
+        process = await self._ensure_started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                process.stdin.write(_frame(msgspec.msgpack.encode(job)))
+                await process.stdin.drain()
+                length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
+                reply = _REPLY.decode(await process.stdout.readexactly(length))
+        except TimeoutError:
+            await self._kill()
+            raise AdapterUnavailable(
+                f"compiling adapter {job.version.name} took longer than {self._timeout_s:g} s"
+            ) from None
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            code = await process.wait()
+            log.warning("the compiler process ended (exit status %s) over adapter %s", code, job.version.name)
+            raise AdapterUnavailable(
+                f"the compiler process ended (exit status {code}) over adapter {job.version.name}; try again"
+            ) from error
+        if isinstance(reply, JobFailed):
+            raise adapter_error(reply.code, reply.message)
+        return reply.result
+
+    async def _ensure_started(self) -> asyncio.subprocess.Process:
+        if self._is_closed:
+            raise AdapterUnavailable("the server is shutting down")
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "adapters_store.worker", str(self._manifest_path)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=_environment(),
+            )
+        return self._process
+
+    async def _kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+
+def _retrieve(task: asyncio.Task[CompileResult]) -> None:
+    """Look at the outcome of a job whose caller has left, or asyncio complains that nobody did."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _environment() -> dict[str, str]:
+    """The child must find this package wherever it was started from, and needs no pool of BLAS threads."""
+    here = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+# --- child -----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Serve jobs from stdin until it ends."""
+    _end_with_parent(os.getppid())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the parent's to handle
+    os.nice(NICENESS)
+    # whatever prints to stdout must not end up among the replies
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    manifest, base = read_manifest(Path(sys.argv[1])), BaseWeights()
+    while (frame := _read_frame(sys.stdin.buffer)) is not None:
+        reply = _run(frame, manifest, base)
+        replies.write(_frame(msgspec.msgpack.encode(reply)))
+
+
+def _run(frame: bytes, manifest: BaseManifest, base: BaseWeights) -> JobDone | JobFailed:
+    job = msgspec.msgpack.decode(frame, type=CompileJob)
+    try:
+        return JobDone(run_job(job, manifest, base))
+    except AdapterError as error:
+        return JobFailed(error.code, error.message)
+    except (OSError, MemoryError) as error:
+        return JobFailed(
+            AdapterUnavailable.code, f"adapter {job.version.name} can't be compiled now: {error!r}"
+        )
+    except Exception as error:  # the process boundary: a fault of ours costs one adapter, not the compiler
+        logging.getLogger(__name__).exception("compiling adapter %s", job.version.name)
+        return JobFailed(AdapterError.code, f"compiling adapter {job.version.name} failed: {error!r}")
+
+
+def _read_frame(stream: BinaryIO) -> bytes | None:
+    prefix = stream.read(LENGTH_BYTES)
+    if len(prefix) < LENGTH_BYTES:
+        return None
+    length = int.from_bytes(prefix, "big")
+    frame = stream.read(length)
+    return frame if len(frame) == length else None
+
+
+def _frame(message: bytes) -> bytes:
+    if len(message) > MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {len(message)} bytes (limit {MAX_FRAME_BYTES})")
+    return len(message).to_bytes(LENGTH_BYTES, "big") + message
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ask the kernel (Linux) to end this process when its parent dies, also while it is at work."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""`multilora bench`: the figures of docs/benchmarks.md. Ratios and limits are taken in the same run.
+
+throughput   32 concurrent requests over HTTP, with 32 adapters and without, alternating
+step         what 32 adapters add to a decode step, against their bytes at the measured bandwidth
+memory       resident memory of the API and the engine process
+cold         request to first token for an adapter never seen, by phase
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from server.config import default_cache_dir
+
+console = Console()
+
+
+@dataclass
+class Workload:
+    """What is measured; the defaults are those of docs/benchmarks.md."""
+
+    model: Path
+    num_adapters: int = 32
+    rank: int = 16
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+    repeats: int = 3
+    results: dict[str, object] = field(default_factory=dict)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the chosen parts (all of them by default) and print a table each."""
+    from loadtest.cold import measure_cold
+    from loadtest.steps import measure_steps
+    from loadtest.throughput import measure_memory, measure_throughput
+    from server.demo import ensure_demo_base
+
+    parts: dict[str, Callable[[Workload, Path], dict[str, object]]] = {
+        "step": measure_steps,
+        "throughput": measure_throughput,
+        "memory": measure_memory,
+        "cold": measure_cold,
+    }
+    parser = argparse.ArgumentParser(prog="multilora bench", description=__doc__)
+    parser.add_argument("part", nargs="*", help=f"any of {', '.join(parts)}; default all")
+    parser.add_argument("--model", type=Path, help="a local base; default the demo base")
+    parser.add_argument("--num-adapters", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args(arguments)
+    unknown = set(options.part) - set(parts)
+    if unknown:
+        parser.error(f"unknown part {sorted(unknown)[0]!r}; there are {', '.join(parts)}")
+    workload = Workload(
+        model=options.model or ensure_demo_base(default_cache_dir()),
+        num_adapters=options.num_adapters,
+        rank=options.rank,
+        repeats=options.repeats,
+    )
+    figures: dict[str, object] = {"machine": f"{platform.machine()}, {platform.platform()}"}
+    for name in options.part or parts:
+        with tempfile.TemporaryDirectory(prefix="multilora-bench-") as folder:
+            figures[name] = parts[name](workload, Path(folder))
+        _print(name, figures[name])
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _print(name: str, figures: object) -> None:
+    table = Table(title=name, show_header=False)
+    assert isinstance(figures, dict)
+    for label, value in figures.items():
+        table.add_row(str(label), f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Work that ends when its client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+ResultT = TypeVar("ResultT")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; whatever was under way has been cancelled."""
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """The result of `work`. When the client disconnects first, cancels it, waits for its end, raises ClientGone.
+
+    The request's body must have been read: the next message is then the disconnect.
+    """
+    worker = asyncio.create_task(work)
+    watcher = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        is_done = worker.done()
+        worker.cancel()
+        watcher.cancel()
+        await asyncio.gather(worker, watcher, return_exceptions=True)
+    if is_done:
+        return worker.result()
+    raise ClientGone
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

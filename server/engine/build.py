@@ -1,0 +1,175 @@
+"""Putting an engine together: named steps, each resolving what the configuration left open."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from kernels.ops import get_backend
+
+from adapters_store.host import HostCache
+from adapters_store.manifest import BaseManifest, write_manifest
+from server.adapters.arena import AdapterArena
+from server.adapters.layer import StepState
+from server.adapters.slots import AdapterSlots
+from server.config import EngineConfig, available_cpus, available_memory, default_cache_dir, format_bytes
+from server.engine.batch import BatchBuilder
+from server.engine.blocks import BlockPool
+from server.engine.core import EngineCore
+from server.engine.limits import SchedulerLimits
+from server.engine.messages import EngineReady
+from server.engine.scheduler import Scheduler
+from server.errors import ConfigError
+from server.model.kv import KVCache
+from server.model.loader import LoadedBase, load_base
+from server.model.manifest import build_manifest
+from server.model.runner import ModelRunner
+from server.model.surgery import adapt
+
+logger = logging.getLogger(__name__)
+
+# Shares of what is free after the weights are loaded, and the most that is taken unasked.
+KV_SHARE, MAX_KV_BYTES = 4, 4 << 30
+ADAPTER_SHARE, MAX_ADAPTER_BYTES = 8, 2 << 30
+
+
+def build_core(config_json: bytes) -> EngineCore:
+    """The engine for a JSON EngineConfig: what the engine process calls. Raises ConfigError."""
+    return build(msgspec.json.decode(config_json, type=EngineConfig))
+
+
+def build(config: EngineConfig) -> EngineCore:
+    """Load the base, size the memory, wire the parts. Raises ConfigError and ModelUnsupported."""
+    torch.set_num_threads(config.threads or available_cpus())
+    manifest, manifest_path = _manifest(config)
+    base = load_base(config.model, config.dtype, config.device, config.max_model_len)
+    memory = _size_memory(config, base)
+    backend = get_backend(config.backend)
+    arena = AdapterArena(
+        manifest,
+        arena_bytes=memory.adapter_bytes,
+        max_slots=config.max_loaded_adapters,
+        dtype=base.dtype,
+        device=base.device,
+        host=HostCache(config.host_memory) if config.host_memory else None,
+    )
+    step = StepState(weights=arena.weights, ops=backend)
+    adapt(base.model, manifest, step)
+    slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=config.max_loaded_adapters, device=arena)
+    kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
+    runner = ModelRunner(base, kv, step, backend, max_rows=config.max_step_tokens, holds=slots.holds)
+    blocks = BlockPool(memory.num_blocks, config.block_size, has_prefix_cache=config.enable_prefix_cache)
+    limits = _limits(config, base)
+    return EngineCore(
+        ready=_ready(config, base, manifest, manifest_path, memory),
+        scheduler=Scheduler(limits, blocks, slots),
+        batches=BatchBuilder(
+            max_rows=config.max_step_tokens,
+            max_requests=config.max_num_seqs,
+            max_blocks_per_seq=-(-base.max_model_len // config.block_size),
+            block_size=config.block_size,
+        ),
+        runner=runner,
+        slots=slots,
+        phases_of=arena.phases,
+        on_close=arena.close,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What the memory flags came to."""
+
+    num_blocks: int  # the dummy included
+    kv_bytes: int
+    adapter_bytes: int
+
+
+def _manifest(config: EngineConfig) -> tuple[BaseManifest, Path]:
+    """The base's manifest, and the file of it that the compiler worker reads."""
+    cache = Path(config.cache_dir or default_cache_dir())
+    folder = cache / "manifests"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    manifest = build_manifest(config.model, config.dtype, cache)
+    path = folder / f"{manifest.digest[:32]}-{manifest.dtype}.json"
+    write_manifest(manifest, path)
+    return manifest, path
+
+
+def _size_memory(config: EngineConfig, base: LoadedBase) -> _Memory:
+    """KV blocks and arena bytes: as asked, or a share of what is free now that the weights are loaded."""
+    free = available_memory() if base.device.type == "cpu" else torch.cuda.mem_get_info(base.device)[0]
+    kv_bytes = min(free // KV_SHARE, MAX_KV_BYTES) if config.kv_memory is None else config.kv_memory
+    block_bytes = base.kv_shape.bytes_per_block(config.block_size, base.dtype)
+    num_blocks = kv_bytes // block_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"--kv-memory {format_bytes(kv_bytes)} holds {num_blocks} KV blocks of {format_bytes(block_bytes)}; "
+            "at least 2 are needed (one stays empty)"
+        )
+    adapter_bytes = config.adapter_memory
+    if adapter_bytes is None:
+        adapter_bytes = min(free // ADAPTER_SHARE, MAX_ADAPTER_BYTES)
+    return _Memory(num_blocks, num_blocks * block_bytes, adapter_bytes)
+
+
+def _limits(config: EngineConfig, base: LoadedBase) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=config.max_step_tokens,
+        max_adapters_per_step=config.max_adapters_per_step,
+        max_model_len=base.max_model_len,
+        eos_token_ids=base.eos_token_ids,
+        max_wait_s=config.max_queue_wait_s,
+        rope_switch=base.rope_switch,
+    )
+
+
+def _ready(
+    config: EngineConfig, base: LoadedBase, manifest: BaseManifest, manifest_path: Path, memory: _Memory
+) -> EngineReady:
+    """What was resolved, for the API process and the start banner."""
+    tokens_in_flight = (memory.num_blocks - 1) * config.block_size
+    rank_16 = adapter_image_bytes(manifest, 16, base.dtype.itemsize)
+    facts = (
+        (
+            "base",
+            f"{config.model} ({manifest.model_type}, {manifest.dtype}, {format_bytes(base.weights_bytes)})",
+        ),
+        ("context", f"{base.max_model_len} tokens"),
+        (
+            "KV cache",
+            f"{format_bytes(memory.kv_bytes)}: {memory.num_blocks - 1} blocks of {config.block_size}, "
+            f"{tokens_in_flight} tokens in flight",
+        ),
+        (
+            "adapters",
+            f"{format_bytes(memory.adapter_bytes)}: {memory.adapter_bytes // max(1, rank_16)} of rank 16 "
+            f"(all linear, {format_bytes(rank_16)} each), {config.max_adapters_per_step} in one step",
+        ),
+        (
+            "step",
+            f"{config.max_num_seqs} requests, {config.max_step_tokens} rows, {torch.get_num_threads()} threads "
+            f"(CPU quota: {available_cpus()})",
+        ),
+    )
+    return EngineReady(
+        manifest_path=str(manifest_path),
+        max_model_len=base.max_model_len,
+        vocab_size=manifest.vocab_size,
+        eos_token_ids=base.eos_token_ids,
+        num_kv_blocks=memory.num_blocks,
+        block_size=config.block_size,
+        adapter_bytes=memory.adapter_bytes,
+        weights_bytes=base.weights_bytes,
+        facts=facts,
+    )
+
+
+def adapter_image_bytes(manifest: BaseManifest, rank: int, itemsize: int) -> int:
+    """Bytes of an adapter of `rank` on every linear of the body (pads, below 1 %, left out)."""
+    sizes = (site.in_features + site.out_features for site in manifest.sites if site.kind == "linear")
+    return rank * itemsize * sum(sizes)

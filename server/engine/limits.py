@@ -1,0 +1,45 @@
+"""The scheduler's bounds, resolved at start and frozen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What bounds a step, a request and its waiting. Raises ConfigError for limits that can't all hold."""
+
+    max_num_seqs: int
+    """requests running at once"""
+    max_step_tokens: int
+    """rows of a step"""
+    max_adapters_per_step: int
+    max_model_len: int
+    """prompt and output tokens of a request"""
+    eos_token_ids: tuple[int, ...] = ()
+    max_prefill_chunk: int | None = None
+    """rows of one prompt in a step, so that a long one leaves room for others; None = all there are"""
+    max_wait_s: float = 60.0
+    """a request that has not started after so long gets 503"""
+    max_pending_s: float = 600.0
+    """the same for one whose image is not on disk yet: a backstop, the store has bounds of its own"""
+    age_limit_s: float = 1.0
+    """an adapter held back by other adapters for so long goes first, and others drain for it"""
+    retry_after_s: int = 5
+    """what a 503 tells the client"""
+    rope_switch: int | None = None
+    """longrope: requests of more known tokens than this use the long rotary variant"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_adapters_per_step", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
+            raise ConfigError(f"max_prefill_chunk must be at least 1, not {self.max_prefill_chunk}")
+        if self.max_step_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_step_tokens is {self.max_step_tokens} and max_num_seqs {self.max_num_seqs}: "
+                "a step needs a row for each running request"
+            )

@@ -1,0 +1,127 @@
+"""The running set: what each request in it owns, block tables and slot refs, and how it gives them up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from adapters_store.ref import AdapterRef
+from server.adapters.slots import Acquire
+from server.engine.blocks import BlockPool, KvNamespace
+from server.engine.request import Request, RequestState
+
+
+class Slots(Protocol):
+    """What the scheduler asks of the device arena; see server/adapters/slots.py."""
+
+    def acquire(self, ref: AdapterRef) -> tuple[Acquire, int]: ...
+
+    def release(self, slot: int) -> None: ...
+
+
+class RunningSet:
+    """Running requests in order of admission. Owns their blocks and, with an adapter, a ref on its slot.
+
+    Nothing is given up while rows of the request are in flight: a step may be reading it.
+    """
+
+    def __init__(self, blocks: BlockPool, slots: Slots, rope_switch: int | None) -> None:
+        self._blocks = blocks
+        self._slots = slots
+        self._rope_switch = rope_switch
+        self._requests: dict[str, Request] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests.values())
+
+    def find_prefix(self, request: Request) -> list[int]:
+        """The cached blocks that a request can start from. Takes nothing."""
+        known = len(request.token_ids)
+        self._extend_hashes(request, known)
+        return self._blocks.match_prefix(request.block_hashes, known)
+
+    def can_start(self, request: Request, prefix: list[int]) -> bool:
+        """Whether there are blocks for all its known tokens, and one for each running request to grow."""
+        missing = self._blocks.blocks_for(len(request.token_ids)) - len(prefix)
+        return self._blocks.can_allocate(missing + len(self), reuse=prefix)
+
+    def start(self, request: Request, prefix: list[int], slot: int) -> None:
+        """Take in a request, with a ref on `slot` that the caller acquired, and the blocks of its tokens."""
+        missing = self._blocks.blocks_for(len(request.token_ids)) - len(prefix)
+        request.blocks = self._blocks.allocate(missing, reuse=prefix)
+        request.num_computed = request.num_scheduled = len(prefix) * self._blocks.block_size
+        request.slot = slot
+        request.state = RequestState.RUNNING
+        self._requests[request.request_id] = request
+        if request.num_preemptions == 0:
+            request.num_cached = request.num_computed
+            self._blocks.record_match(request.num_prompt, request.num_cached)
+
+    def give_up(self, request: Request) -> None:
+        """Out of the set: its blocks and its slot ref go."""
+        assert not request.is_in_flight, f"request {request.request_id!r} has rows in flight"
+        del self._requests[request.request_id]
+        self._blocks.free(request.blocks)
+        request.blocks = []
+        if request.slot:
+            self._slots.release(request.slot)
+            request.slot = 0
+
+    def grow(self, request: Request) -> bool:
+        """Give a request the block of its last known token, if it lacks it and there is one."""
+        missing = self._blocks.blocks_for(len(request.token_ids)) - len(request.blocks)
+        if not self._blocks.can_allocate(missing):
+            return False
+        request.blocks += self._blocks.allocate(missing)
+        return True
+
+    def victim_for(self, request: Request) -> Request | None:
+        """Whose blocks `request` may have: the latest admitted without rows in flight, itself at the last.
+
+        None: only rows in flight hold what it needs; wait for a collect. So the oldest never has to go.
+        """
+        is_any_in_flight = False
+        for candidate in reversed(self._requests.values()):
+            if candidate is request:
+                break
+            if not candidate.is_in_flight:
+                return candidate
+            is_any_in_flight = True
+        return None if is_any_in_flight else request
+
+    def cache_full_blocks(self, request: Request, start: int) -> None:
+        """Make the blocks findable that were filled by computing positions start : num_computed."""
+        size, end = self._blocks.block_size, request.num_computed
+        if not self._blocks.has_prefix_cache or start // size == end // size:
+            return
+        self._extend_hashes(request, end)
+        for index in range(start // size, end // size):
+            self._blocks.cache(request.blocks[index], request.block_hashes[index])
+
+    def is_rope_crossed(self, request: Request) -> bool:
+        """Whether the last token made the request too long for the rotary variant of its KV."""
+        return self._rope_switch is not None and len(request.token_ids) == self._rope_switch + 1
+
+    def _extend_hashes(self, request: Request, num_tokens: int) -> None:
+        if len(request.block_hashes) < num_tokens // self._blocks.block_size:
+            namespace = self._namespace(request)
+            self._blocks.extend_hashes(request.block_hashes, namespace, request.token_ids, num_tokens)
+
+    def _namespace(self, request: Request) -> KvNamespace:
+        members = ((request.adapter_key, 1.0),) if request.adapter is not None else ()
+        rope = ""
+        if self._rope_switch is not None:
+            rope = "long" if len(request.token_ids) > self._rope_switch else "short"
+        return KvNamespace(members=members, cache_salt=request.cache_salt, rope=rope)
+
+    def check_integrity(self) -> None:
+        """Assert that exactly the running requests own blocks, and each has a slot if it has an adapter."""
+        self._blocks.check_integrity(request.blocks for request in self)
+        for request in self:
+            assert request.state is RequestState.RUNNING
+            assert (request.slot != 0) == (request.adapter is not None), "a running adapter needs a slot"
+            held = len(request.blocks) * self._blocks.block_size
+            assert request.num_computed <= request.num_scheduled <= min(held, len(request.token_ids))

@@ -1,0 +1,280 @@
+"""The scheduler with all its real parts and a model small enough to know every answer beforehand.
+
+The model's next token is a checksum of (adapter, rotary variant, all tokens so far). Its KV is a list that
+says, per position, whose it is and of which tokens. So a step that would read a wrong block, a stale one
+or one of another adapter or tenant is seen at once, and every answer can be worked out without an engine.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+from adapters_store.ref import AdapterRef
+from server.adapters.slots import AdapterSlots
+from server.engine.batch import BatchBuilder, StepPlan
+from server.engine.blocks import BlockPool
+from server.engine.messages import RequestError, RequestOutput, SamplingParams
+from server.engine.request import FinishReason, Request, RequestState
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from tests.unit.byte_device import PAGE, ByteDevice, make_ref
+
+VOCAB = 50
+EOS = 7
+DEFAULTS: dict[str, Any] = {
+    "max_num_seqs": 8,
+    "max_step_tokens": 32,
+    "max_adapters_per_step": 8,
+    "max_model_len": 64,
+    "eos_token_ids": (EOS,),
+}
+
+
+def adapter(name: str, pages: int = 1) -> AdapterRef:
+    """An adapter whose image takes so many pages of the arena."""
+    return make_ref(f"image-{name}", pages * PAGE, name)
+
+
+def next_token(image_key: str, rope: str, token_ids: Sequence[int]) -> int:
+    return zlib.crc32(repr((image_key, rope, list(token_ids))).encode()) % VOCAB
+
+
+class World:
+    """A scheduler over real blocks, slots and batches. Steps run only when the test says so."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 65,
+        block_size: int = 4,
+        arena_pages: int = 8,
+        max_slots: int = 32,
+        has_prefix_cache: bool = True,
+        **limits: Any,
+    ) -> None:
+        self.now = 1000.0
+        self.limits = SchedulerLimits(**(DEFAULTS | limits))
+        self.blocks = BlockPool(num_blocks, block_size, has_prefix_cache=has_prefix_cache)
+        self.device = ByteDevice(bytearray(arena_pages * PAGE))
+        self.slots = AdapterSlots(
+            arena_bytes=arena_pages * PAGE, max_slots=max_slots, device=self.device, clock=lambda: self.now
+        )
+        self.scheduler = Scheduler(self.limits, self.blocks, self.slots)
+        self.max_len = min(self.limits.max_model_len, (num_blocks - 1) * block_size)
+        self.batches = BatchBuilder(
+            self.limits.max_step_tokens, self.limits.max_num_seqs, num_blocks, block_size
+        )
+        self.kv: list[object] = [None] * (num_blocks * block_size)
+        self.in_flight: deque[tuple[StepPlan, dict[str, int]]] = deque()
+        self.requests: dict[str, Request] = {}
+        self.outputs: dict[str, list[RequestOutput]] = defaultdict(list)
+        self.ended: dict[str, str] = {}  # terminal events
+        self.queued: dict[str, list[str]] = defaultdict(list)  # by image key: ids in order of their WAITING
+        self.started: list[str] = []  # ids in order of their first admission
+
+    # --- what the engine's loop would do -----------------------------------------------------------------
+
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int] | int = 4,
+        ref: AdapterRef | None = None,
+        *,
+        pending: str | None = None,
+        salt: str = "",
+        max_tokens: int = 4,
+        ignore_eos: bool = True,
+        **params: Any,
+    ) -> Request:
+        """Add a request; a number stands for a prompt of so many tokens, all its own."""
+        if isinstance(prompt, int):
+            prompt = [zlib.crc32(f"{request_id}/{i}".encode()) % VOCAB for i in range(prompt)]
+        request = Request(
+            request_id=request_id,
+            token_ids=list(prompt),
+            num_prompt=len(prompt),
+            params=SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, **params),
+            cache_salt=salt,
+            arrival_s=self.now,
+            pending_key=pending,
+            adapter=ref,
+        )
+        self.requests[request_id] = request
+        refusal = self.scheduler.add(request)
+        if refusal is not None:
+            self._end(request_id, "refused")
+        elif request.state is RequestState.WAITING:
+            self.queued[request.adapter_key].append(request_id)
+            if ref is not None:
+                self.slots.prefetch(ref)
+        return request
+
+    def adapter_ready(self, key: str, ref: AdapterRef) -> None:
+        pending = [r for r in self.requests.values() if r.state is RequestState.PENDING]
+        self.scheduler.adapter_ready(key, ref)
+        self.slots.prefetch(ref)
+        self.queued[ref.image_key] += [r.request_id for r in pending if r.state is RequestState.WAITING]
+
+    def finish_loads(self) -> None:
+        while self.device.pending:
+            self.device.finish(0)
+
+    def poll(self) -> None:
+        for key, error in self.slots.poll():
+            self.scheduler.load_failed(key, RequestError(503, "adapter_unavailable", str(error)))
+
+    def schedule(self) -> StepPlan:
+        """Schedule, check the plan's bounds, and run it; its results wait for collect()."""
+        self.poll()
+        plan = self.scheduler.schedule(self.now)
+        for request in plan.ended:
+            assert request.finish_reason is not None
+            self._end(request.request_id, str(request.finish_reason))
+        self._check_bounds(plan)
+        self._note_started()
+        if plan.items:
+            self._dispatch(plan)
+        return plan
+
+    def collect(self) -> list[RequestOutput]:
+        plan, tokens = self.in_flight.popleft()
+        for item in plan.items:
+            self.device.in_use[item.request.slot] -= 1
+        outputs = self.scheduler.collect(plan, tokens, self.now)
+        for output in outputs:
+            self.outputs[output.request_id].append(output)
+            if output.finish_reason is not None:
+                self._end(output.request_id, str(output.finish_reason))
+        return outputs
+
+    def step(self, *, is_loading: bool = False, seconds: float = 0.01) -> dict[str, int]:
+        """One whole step; the rows of each request in it. Loads finish first unless `is_loading`."""
+        if not is_loading:
+            self.finish_loads()
+        plan = self.schedule()
+        self.now += seconds
+        if plan.items:
+            self.collect()
+        return {item.request.request_id: item.num_tokens for item in plan.items}
+
+    def run(self, max_steps: int = 2000) -> int:
+        """Step until everything has ended; the number of steps."""
+        for count in range(max_steps):
+            if not self.scheduler.has_work:
+                return count
+            self.step()
+        raise AssertionError(f"no end after {max_steps} steps: {self.scheduler.stats()}")
+
+    # --- what must hold ----------------------------------------------------------------------------------
+
+    def answer(self, request_id: str) -> list[int]:
+        return [token for output in self.outputs[request_id] for token in output.token_ids]
+
+    def expected(self, request: Request) -> list[int]:
+        """The request's whole answer, from the model alone."""
+        params = request.params
+        tokens = request.token_ids[: request.num_prompt]
+        answer: list[int] = []
+        while len(answer) < params.max_tokens and len(tokens) < self.max_len:
+            token = next_token(request.adapter_key, self._rope(len(tokens)), tokens)
+            answer.append(token)
+            tokens = [*tokens, token]
+            is_eos = token == EOS and not params.ignore_eos
+            if len(answer) > params.min_tokens and (is_eos or token in params.stop_token_ids):
+                break
+        return answer
+
+    def check(self) -> None:
+        """All that must hold between any two calls."""
+        self.scheduler.check_integrity()
+        self.slots.check_integrity()
+        refs: dict[str, int] = defaultdict(int)
+        for request in self.requests.values():
+            is_running = request.state is RequestState.RUNNING
+            if is_running and request.slot:
+                assert self.slots.holds(request.slot, request.adapter_key)
+                refs[request.adapter_key] += 1
+            assert (request.state is RequestState.FINISHED) == (request.request_id in self.ended)
+            assert is_running or not (request.blocks or request.slot)
+        held = {key: image.refs for key, image in self.slots._images.items() if image.refs}
+        assert held == dict(refs), "slot refs are not the running requests of each adapter"
+
+    def check_ended(self) -> None:
+        """Everything has ended: right answers, one terminal event each, and nothing left behind."""
+        self.check()
+        assert not self.in_flight and not self.scheduler.has_work and not self.scheduler.num_pending
+        assert set(self.ended) == set(self.requests)
+        assert self.blocks.num_free == self.blocks.num_usable, "blocks leaked"
+        for request_id, request in self.requests.items():
+            answer, expected = self.answer(request_id), self.expected(request)
+            if self.ended[request_id] in (FinishReason.STOP, FinishReason.LENGTH):
+                assert answer == expected, f"{request_id}: {answer} is not {expected}"
+            else:
+                assert answer == expected[: len(answer)]
+
+    def _rope(self, num_known: int) -> str:
+        switch = self.limits.rope_switch
+        return "" if switch is None else "long" if num_known > switch else "short"
+
+    def _end(self, request_id: str, reason: str) -> None:
+        assert request_id not in self.ended, f"{request_id} ended twice: {self.ended[request_id]}, {reason}"
+        self.ended[request_id] = reason
+
+    def _check_bounds(self, plan: StepPlan) -> None:
+        requests = [item.request for item in plan.items]
+        assert len({r.request_id for r in requests}) == len(requests) <= self.limits.max_num_seqs
+        assert plan.num_rows <= self.limits.max_step_tokens
+        keys = {r.adapter_key for r in requests} - {""}
+        assert len(keys) <= self.limits.max_adapters_per_step
+        chunk = self.limits.max_prefill_chunk or self.limits.max_step_tokens
+        assert all(0 < item.num_tokens <= chunk for item in plan.items)
+        running = [r for r in self.requests.values() if r.state is RequestState.RUNNING]
+        assert len(running) <= self.limits.max_num_seqs
+
+    def _note_started(self) -> None:
+        """First come, first served inside an adapter: nobody starts before one who waited longer."""
+        running = [r for r in self.requests.values() if r.state is RequestState.RUNNING]
+        new = [r for r in running if r.request_id not in self.started]
+        self.started += [r.request_id for r in new]
+        for request in new:
+            line = self.queued[request.adapter_key]
+            ahead = line[: line.index(request.request_id)]
+            assert all(i in self.started or i in self.ended for i in ahead), (
+                f"{request.request_id} overtook in {ahead}"
+            )
+
+    def _dispatch(self, plan: StepPlan) -> None:
+        """The model's part: write the rows' KV, then read each request's whole context."""
+        batch = self.batches.build(plan)
+        for item, first, end in zip(
+            batch.items, batch.query_starts[:-1], batch.query_starts[1:], strict=True
+        ):
+            request = item.request
+            if request.slot:
+                assert self.device.table[request.slot][0].image_key == request.adapter_key
+            self.device.in_use[request.slot] += 1
+            for row in range(first, end):
+                position = int(batch.positions[row])
+                assert batch.ids[row] == request.token_ids[position]
+                kv_slot = int(batch.kv_slots[row])
+                assert kv_slot >= self.blocks.block_size, "a row writes to the dummy block"
+                self.kv[kv_slot] = self._content(request, position, int(batch.rope_lengths[row]))
+        tokens: dict[str, int] = {}
+        for index, item in enumerate(batch.items):
+            request = item.request
+            table = batch.block_tables[index].tolist()
+            for position in range(batch.context_lens[index]):
+                block, offset = divmod(position, self.blocks.block_size)
+                seen = self.kv[table[block] * self.blocks.block_size + offset]
+                wanted = self._content(request, position, len(request.token_ids))
+                assert seen == wanted, f"{request.request_id}@{position} reads {seen}, not {wanted}"
+            if item.samples:
+                rope = self._rope(len(request.token_ids))
+                tokens[request.request_id] = next_token(request.adapter_key, rope, request.token_ids)
+        self.in_flight.append((plan, tokens))
+
+    def _content(self, request: Request, position: int, num_known: int) -> object:
+        prefix = tuple(request.token_ids[: position + 1])
+        return request.adapter_key, request.cache_salt, self._rope(num_known), prefix
