@@ -65,7 +65,7 @@ class DiskImages:
         self._clock = clock
         for folder in (self.images_dir.parent, self.images_dir, self._index_dir.parent, self._index_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock = _lock_folder(self.images_dir.parent, exclusive=quota_bytes is not None)
+        self._lock: int | None = _lock_folder(self.images_dir.parent, exclusive=quota_bytes is not None)
         self._leases: Counter[str] = Counter()
         self._residents: dict[str, _Resident] = {}
         self._refs: dict[str, AdapterRef] = {}
@@ -140,8 +140,10 @@ class DiskImages:
             self.image_path(image_key).unlink()
 
     def close(self) -> None:
-        """Let another process have the folder."""
-        os.close(self._lock)
+        """Let another process have the folder. Closing twice is fine."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _touch(self, image_key: str) -> None:
         now, resident = self._clock(), self._residents[image_key]

@@ -137,6 +137,7 @@ class CompileWorker:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=_environment(),
+                process_group=0,  # a Ctrl-C in the terminal is ours to handle, not the child's
             )
         return self._process
 
@@ -166,7 +167,7 @@ def _environment() -> dict[str, str]:
 def main() -> None:
     """Serve jobs from stdin until it ends."""
     _end_with_parent(os.getppid())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICENESS)
     # whatever prints to stdout must not end up among the replies
     replies = os.fdopen(os.dup(1), "wb", buffering=0)

@@ -129,18 +129,19 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Serve the demo: SmolLM2-135M-Instruct and the adapters that ship with the project."""
-    from server.demo import DEMO_BASE_NAME, demo_adapters_dir, demo_examples, ensure_demo_base
+    from server.demo import BASE_DIR_NAME, demo_adapters_dir, demo_examples, ensure_demo_base
 
     cache = cache_dir or default_cache_dir()
     try:
         with console.status("Preparing the demo base (the first time takes about 15 s)"):
-            base = ensure_demo_base(cache)
-    except RuntimeError as error:
+            base = ensure_demo_base(cache, progress=lambda line: None)
+        adapters = demo_adapters_dir()
+    except ConfigError as error:
         _fail(str(error))
     config = ServerConfig(
         engine=_engine_config(model=str(base), cache_dir=str(cache), threads=threads),
-        served_names=(DEMO_BASE_NAME,),
-        adapter_roots=(str(demo_adapters_dir()),),
+        served_names=(BASE_DIR_NAME,),
+        adapter_roots=(str(adapters),),
         host=host,
         port=port,
     )

@@ -19,7 +19,28 @@ from server.engine.messages import EngineReady, StepStats
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LABELS = ("model_name", "engine")
 _ENGINE = "0"
-_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_TTFT_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
 _LATENCY_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -39,7 +60,9 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, model_name: str, facts: EngineFacts) -> None:
         self._registry = registry
         self._labels = (model_name, _ENGINE)
-        prompt = Counter("vllm:prompt_tokens", "Prompt tokens of requests that started.", _LABELS, registry=registry)
+        prompt = Counter(
+            "vllm:prompt_tokens", "Prompt tokens of requests that started.", _LABELS, registry=registry
+        )
         generated = Counter("vllm:generation_tokens", "Tokens generated.", _LABELS, registry=registry)
         ttft = Histogram(
             "vllm:time_to_first_token_seconds",
@@ -56,7 +79,10 @@ class Metrics:
             registry=registry,
         )
         ends = Counter(
-            "vllm:request_success", "Requests that ended, by reason.", (*_LABELS, "finished_reason"), registry=registry
+            "vllm:request_success",
+            "Requests that ended, by reason.",
+            (*_LABELS, "finished_reason"),
+            registry=registry,
         )
         self._prompt_tokens = prompt.labels(*self._labels)
         self._generation_tokens = generated.labels(*self._labels)
@@ -110,7 +136,9 @@ class _EngineCollector(Collector):
 
     def _cache_config(self, ready: EngineReady) -> Metric:
         family = GaugeMetricFamily(
-            "vllm:cache_config_info", "The KV cache's shape.", labels=(*_LABELS, "block_size", "num_gpu_blocks")
+            "vllm:cache_config_info",
+            "The KV cache's shape.",
+            labels=(*_LABELS, "block_size", "num_gpu_blocks"),
         )
         family.add_metric((*self._labels, str(ready.block_size), str(ready.num_kv_blocks)), 1)
         return family
@@ -130,10 +158,18 @@ class _EngineCollector(Collector):
 def _gauges(stats: StepStats, ready: EngineReady) -> tuple[tuple[str, str, float], ...]:
     return (
         ("vllm:num_requests_running", "Requests in the running set.", stats.num_running),
-        ("vllm:num_requests_waiting", "Requests that wait to run, also for their adapter.", stats.num_waiting),
+        (
+            "vllm:num_requests_waiting",
+            "Requests that wait to run, also for their adapter.",
+            stats.num_waiting,
+        ),
         ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_usage),
         ("multilora_step_rows", "Token rows of the last step.", stats.rows),
-        ("multilora_step_adapter_rows", "Token rows of the last step that had an adapter.", stats.adapter_rows),
+        (
+            "multilora_step_adapter_rows",
+            "Token rows of the last step that had an adapter.",
+            stats.adapter_rows,
+        ),
         ("multilora_step_adapters", "Distinct adapters in the last step.", stats.distinct_adapters),
         ("multilora_step_seconds", "Duration of the last step.", stats.step_s),
         ("multilora_resident_adapters", "Adapters in device memory.", stats.resident_adapters),

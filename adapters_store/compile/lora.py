@@ -153,7 +153,8 @@ class LR:
                 f"{CONFIG_FILE} has lora_bias, but {shown(found.names['B'])} has no bias beside it"
             )
         if "bias" in found.names:
-            terms.append(self._vector(found, "bias") - self._base_bias(found))
+            served = self._base_bias(found)
+            terms.append(self._vector(found, "bias") - served)
         return np.add.reduce(terms, dtype=np.float32) if terms else None
 
     def _base_bias(self, found: SiteTensors) -> F32Array:

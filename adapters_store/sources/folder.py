@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -87,9 +88,9 @@ def read_file(root: Path, folder: Path, expected: FileVersion) -> memoryview:
 def _status(path: Path) -> os.stat_result | None:
     try:
         return path.stat(follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
         raise AdapterUnavailable(f"{path.name} can't be looked at: {error.strerror}") from error
 
 

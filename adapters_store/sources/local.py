@@ -63,13 +63,13 @@ class LocalSource:
         real = real_path_below(root, folder)
         if real is None or real in above:
             return
-        if name and (folder / CONFIG_FILE).is_file():
-            yield name
         try:
-            with os.scandir(folder) as entries:
-                below = [entry.name for entry in entries if entry.is_dir()]
+            is_adapter = (folder / CONFIG_FILE).is_file()
+            below = [path.name for path in folder.iterdir() if path.is_dir()]
         except OSError:
             return
+        if name and is_adapter:
+            yield name
         for part in below:
             child = f"{name}/{part}" if name else part
             if is_adapter_name(child):

@@ -35,9 +35,7 @@ class DemoModel:
             self.model.load_adapter(adapters_dir / name, adapter_name=name)
         self.model.eval()
 
-    def answers(
-        self, prompts: Sequence[str], adapter: str | None, max_new_tokens: int = MAX_NEW_TOKENS
-    ) -> list[str]:
+    def answers(self, prompts: Sequence[str], adapter: str | None, max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
         """Greedy answers of one adapter, or of the base when `adapter` is None."""
         if adapter is not None:
             self.model.set_adapter(adapter)

@@ -1,7 +1,7 @@
 """Train the demo adapters with PEFT on the CPU: `python -m deploy.demo.train [NAME ...]`, 6-10 minutes each.
 
 Every adapter has another rank and other targets on purpose: together they exercise what a multi-LoRA server
-must batch (mixed ranks, mixed targets, a rank that is no power of two, rank patterns, rank-stabilised scaling).
+must batch: mixed ranks and targets, a rank that is no power of two, rank patterns, rank-stabilised scaling.
 """
 
 import argparse
@@ -138,9 +138,7 @@ def save(model: PeftModel, out_dir: Path) -> None:
     """bf16 like the base: half the size, and the server computes in it anyway."""
     model.peft_config["default"].base_model_name_or_path = BASE_NAME
     model.to(torch.bfloat16).save_pretrained(out_dir, save_embedding_layers=False)
-    (out_dir / "README.md").unlink(
-        missing_ok=True
-    )  # an empty model card; deploy/demo/README.md has the facts
+    (out_dir / "README.md").unlink(missing_ok=True)  # an empty model card; deploy/demo/README.md has the facts
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import ctypes
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ import torch
 
 from adapters_store.errors import AdapterCorrupt, AdapterMismatch, AdapterUnavailable
 from adapters_store.host import HostCache, read_image
-from adapters_store.image import ImageHeader, ImageSite, read_header
-from adapters_store.manifest import BaseManifest, Site
+from adapters_store.image import TENSOR_ALIGNMENT, ImageHeader, ImageSite, read_header
+from adapters_store.manifest import BaseManifest
 from adapters_store.ref import AdapterRef
 from kernels.types import A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, TABLE_COLUMNS, SlotWeights
 from server.adapters.regions import ALIGNMENT
@@ -167,11 +167,9 @@ class AdapterArena:
         for image_site in header.sites:
             row = self._site_rows.get(image_site.site)
             if row is None:
-                raise AdapterMismatch(
-                    f"the base has no {image_site.site}, for which adapter {ref.name} has a delta"
-                )
-            self._check_extents(ref, image_site, self._manifest.sites[row])
+                raise AdapterMismatch(f"the base has no {image_site.site}, for which adapter {ref.name} has a delta")
             rows[row] = self._row_of(image_site)
+        self._check_shapes(ref, header)
         return _Layout(ref.image_key, rows)
 
     def _check_header(self, ref: AdapterRef, header: ImageHeader) -> None:
@@ -186,27 +184,33 @@ class AdapterArena:
         if found != (ref.image_key, ref.checksum, ref.data_offset, ref.data_bytes):
             raise AdapterCorrupt(f"{Path(ref.image_path).name} is not the image of adapter {ref.name}")
 
-    def _check_extents(self, ref: AdapterRef, image_site: ImageSite, site: Site) -> None:
-        """A tensor that reached past the image would read its neighbour's bytes in the arena."""
-        extents: list[tuple[str, int, int]] = []  # part, first byte, elements
-        if image_site.rank:
-            extents.append(("A", image_site.a_offset, image_site.stride * site.in_features))
-            extents.append(("B", image_site.b_offset, image_site.stride * site.out_features))
-        if image_site.bias_offset != -1:
-            extents.append(("bias", image_site.bias_offset, site.out_features))
-        for part, offset, elements in extents:
-            end = offset + elements * self._item_bytes
-            if offset < 0 or offset % self._item_bytes or end > ref.data_bytes:
-                raise AdapterCorrupt(
-                    f"the image of adapter {ref.name} has {image_site.site}.{part} at bytes "
-                    f"{offset} to {end} of {ref.data_bytes}"
+    def _check_shapes(self, ref: AdapterRef, header: ImageHeader) -> None:
+        """Each tensor fills its place, by the base's K and N: else a kernel would read its neighbour's bytes."""
+        extents = sorted(extent for image_site in header.sites for extent in self._extents(image_site))
+        starts = [start for start, _, _ in extents] + [ref.data_bytes]
+        for (start, end, name), following in zip(extents, starts[1:], strict=True):
+            if start < 0 or not 0 <= following - end < TENSOR_ALIGNMENT:
+                raise AdapterMismatch(
+                    f"{name} of the image of adapter {ref.name} has {following - start} bytes, "
+                    f"{end - start} by the base's shapes"
                 )
+
+    def _extents(self, image_site: ImageSite) -> Iterator[tuple[int, int, str]]:
+        """(first byte, end, name) of each tensor of a site, as the base's shapes have it."""
+        site = self._manifest.sites[self._site_rows[image_site.site]]
+        columns = image_site.stride if image_site.rank else 0
+        for part, start, elements in (
+            ("A", image_site.a_offset, columns * site.in_features),
+            ("B", image_site.b_offset, columns * site.out_features),
+            ("bias", image_site.bias_offset, site.out_features),
+        ):
+            if start != -1 or (part != "bias" and columns):
+                yield start, start + elements * self._item_bytes, f"{image_site.site}.{part}"
 
     def _row_of(self, image_site: ImageSite) -> tuple[int, int, int, int, int]:
         """A table row, offsets in elements from the image's start."""
         a, b, bias = (
-            offset // self._item_bytes
-            for offset in (image_site.a_offset, image_site.b_offset, image_site.bias_offset)
+            offset // self._item_bytes for offset in (image_site.a_offset, image_site.b_offset, image_site.bias_offset)
         )
         if image_site.rank == 0:
             return 0, 0, bias, 0, 0

@@ -85,9 +85,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
     The packed weight replaces the originals; make the stubs with `pack`.
     """
 
-    def __init__(
-        self, bases: Sequence[nn.Linear], group: SiteGroup, step: StepState, plan: PlanName = "body"
-    ) -> None:
+    def __init__(self, bases: Sequence[nn.Linear], group: SiteGroup, step: StepState, plan: PlanName = "body") -> None:
         super().__init__()
         assert [base.out_features for base in bases] == list(group.widths)
         self.weight = nn.Parameter(torch.cat([base.weight.detach() for base in bases]), requires_grad=False)
@@ -155,9 +153,7 @@ class PackedSlice(nn.Module):  # type: ignore[misc]
         return tensor.narrow(0, self.packed.group.offsets[self.index], self.out_features)
 
 
-def pack(
-    bases: Sequence[nn.Linear], group: SiteGroup, step: StepState, plan: PlanName = "body"
-) -> list[PackedSlice]:
+def pack(bases: Sequence[nn.Linear], group: SiteGroup, step: StepState, plan: PlanName = "body") -> list[PackedSlice]:
     """One stub per base, in the group's order. Put in the bases' places, they let the originals go."""
     packed = PackedLinear(bases, group, step, plan)
     return [PackedSlice(packed, index) for index in range(len(bases))]
@@ -176,9 +172,7 @@ class AdaptedEmbedding(_Adapted):
         segments = self.step.segments
         if segments:
             step = self.step
-            step.ops.segmented_embedding(
-                y.view(-1, y.shape[-1]), ids.reshape(-1), step.weights, self.row, segments
-            )
+            step.ops.segmented_embedding(y.view(-1, y.shape[-1]), ids.reshape(-1), step.weights, self.row, segments)
         return y
 
 
@@ -197,8 +191,5 @@ def _packed_bias(bases: Sequence[nn.Linear]) -> nn.Parameter | None:
     """The biases in a row, zeros for a base that has none; None when none has."""
     if all(base.bias is None for base in bases):
         return None
-    parts = [
-        base.weight.new_zeros(base.out_features) if base.bias is None else base.bias.detach()
-        for base in bases
-    ]
+    parts = [base.weight.new_zeros(base.out_features) if base.bias is None else base.bias.detach() for base in bases]
     return nn.Parameter(torch.cat(parts), requires_grad=False)

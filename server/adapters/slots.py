@@ -219,9 +219,7 @@ class AdapterSlots:
 
     def residents(self) -> Iterator[tuple[int, AdapterRef, int]]:
         """(slot, ref, offset) of each READY image."""
-        return (
-            (image.slot, image.ref, image.offset) for image in self._images.values() if image.load is None
-        )
+        return ((image.slot, image.ref, image.offset) for image in self._images.values() if image.load is None)
 
     def check_integrity(self) -> None:
         """Assert that the books agree with each other: regions, slots, refs, idle and loading sets."""
@@ -303,9 +301,7 @@ class AdapterSlots:
         pinned = [
             image.nbytes
             for key, image in self._images.items()
-            if image.is_prefetched
-            and key != ref.image_key
-            and (image.load is not None or image.pinned_until > now)
+            if image.is_prefetched and key != ref.image_key and (image.load is not None or image.pinned_until > now)
         ]
         is_slot_left = len(pinned) < max(1, (self._max_slots - 1) // 2)
         return is_slot_left and sum(pinned) + region_bytes(ref.data_bytes) <= self._regions.capacity // 2

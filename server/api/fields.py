@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from server.api.errors import shown
 from server.errors import BadRequest, UnsupportedField
 
 Refused = Mapping[str, tuple[object, ...]]
@@ -99,7 +100,9 @@ REFUSED_IN_MESSAGES: Refused = {
 }
 
 
-def served_part(body: Mapping[str, object], served: frozenset[str], refused: Refused, where: str = "") -> dict[str, object]:
+def served_part(
+    body: Mapping[str, object], served: frozenset[str], refused: Refused, where: str = ""
+) -> dict[str, object]:
     """The served fields of `body` that are not null (null means absent, as at OpenAI).
 
     Raises UnsupportedField or BadRequest for the first field that would have to be ignored; `where` is the
@@ -108,10 +111,11 @@ def served_part(body: Mapping[str, object], served: frozenset[str], refused: Ref
     for name, value in body.items():
         if name in served:
             continue
+        param = f"{where}{shown(name)}"
         if name not in refused:
-            raise BadRequest(f"Unknown parameter: '{where}{name}'.", param=f"{where}{name}", code="unknown_parameter")
+            raise BadRequest(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
         if value is not None and not any(_is_same(value, inert) for inert in refused[name]):
-            raise UnsupportedField(f"'{where}{name}' is not supported by this server.", param=f"{where}{name}")
+            raise UnsupportedField(f"'{param}' is not supported by this server.", param=param)
     return {name: value for name, value in body.items() if name in served and value is not None}
 
 

@@ -16,6 +16,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from server.api.errors import shown
 from server.api.fields import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
@@ -36,7 +37,7 @@ Content = str | list[dict[str, str]]  # plain text, or parts {"type": "text", "t
 
 
 def _error(kind: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, "{reason}", {"reason": message})  # type: ignore[arg-type]
+    return PydanticCustomError(kind, "{reason}", {"reason": message})
 
 
 def _text(value: object, what: str) -> str:
@@ -82,12 +83,12 @@ def _prompt(value: object, info: ValidationInfo) -> str | list[int]:
 
 
 def _stop(value: object) -> list[str]:
-    stops = value if isinstance(value, list) else [value]
-    if len(stops) > MAX_STOP_STRINGS:
-        raise _error("too_many", f"at most {MAX_STOP_STRINGS} stop strings are allowed, not {len(stops)}")
-    for stop in stops:
-        if len(_text(stop, "a stop string")) > MAX_STOP_CHARS:
-            raise _error("too_long", f"a stop string has at most {MAX_STOP_CHARS} characters")
+    given = value if isinstance(value, list) else [value]
+    if len(given) > MAX_STOP_STRINGS:
+        raise _error("too_many", f"at most {MAX_STOP_STRINGS} stop strings are allowed, not {len(given)}")
+    stops = [_text(stop, "a stop string") for stop in given]
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise _error("too_long", f"a stop string has at most {MAX_STOP_CHARS} characters")
     return stops
 
 
@@ -242,5 +243,5 @@ def _path(loc: tuple[int | str, ...]) -> str:
     """("messages", 0, "content") as messages[0].content."""
     path = ""
     for part in loc:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+        path += f"[{part}]" if isinstance(part, int) else f".{shown(part)}" if path else shown(part)
     return path

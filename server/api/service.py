@@ -217,7 +217,9 @@ class Generation:
 def _sampling_params(asked: GenerationRequest, num_prompt: int, max_model_len: int) -> SamplingParams:
     max_tokens = _max_tokens(asked, num_prompt, max_model_len)
     if asked.min_tokens > max_tokens:
-        raise BadRequest(f"'min_tokens' is {asked.min_tokens}, above the {max_tokens} of max_tokens", param="min_tokens")
+        raise BadRequest(
+            f"'min_tokens' is {asked.min_tokens}, above the {max_tokens} of max_tokens", param="min_tokens"
+        )
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=asked.min_tokens,

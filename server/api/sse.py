@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class Frames:
     """The frames of one stream. Every chunk has the same id, created and model.
 
-        data: {"id":...,"choices":[{"index":0,  "delta":{"content":"..."}   ,"finish_reason":null}]}
-              └──────────── head ────────────┘ └─ text, by endpoint ─┘ └────────── tail ─────────┘
+    data: {"id":...,"choices":[{"index":0,  "delta":{"content":"..."}   ,"finish_reason":null}]}
+          └──────────── head ────────────┘ └─ text, by endpoint ─┘ └────────── tail ─────────┘
     """
 
     def __init__(self, envelope: Mapping[str, object], *, is_chat: bool, has_usage: bool, has_token_ids: bool) -> None:
@@ -57,9 +57,7 @@ class Frames:
     def end(self, delta: Delta, usage: Mapping[str, object] | None) -> bytes:
         """The finish chunk, the usage chunk if asked for, [DONE]."""
         last = b'"delta":{}' if self._is_chat else b'"text":""'
-        frames = self._choice(
-            last, _encode(delta.finish_reason), b',"stop_reason":' + _encode(delta.stop_reason)
-        )
+        frames = self._choice(last, _encode(delta.finish_reason), b',"stop_reason":' + _encode(delta.stop_reason))
         if self._null_usage:
             frames += self._open + b',"choices":[],"usage":' + _encode(usage) + b"}\n\n"
         return frames + DONE

@@ -155,7 +155,11 @@ class AsyncEngine:
             endpoints=self._transport.endpoints,
             parent_pid=os.getpid(),
         )
-        self._process = EngineProcess(spec)
+        try:
+            self._process = EngineProcess(spec)
+        except OSError as error:
+            self._transport.close()
+            raise EngineStartError(f"the engine process could not be started: {error}") from error
         self._receiver = asyncio.create_task(self._receive(), name="engine receiver")
         self._watcher = asyncio.create_task(self._watch(self._process), name="engine watcher")
         try:
@@ -166,7 +170,6 @@ class AsyncEngine:
         finally:
             if self._ready is None:
                 await self.close()
-        self._streams.admit()
 
     def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         """See Engine. Raises EngineDead here when it is known, else at the first `__anext__`."""
@@ -227,7 +230,8 @@ class AsyncEngine:
                 await self._streams.deliver(message.outputs)
             case EngineReady():
                 self._transport.seal()
-                if not self._started.done():
+                if self.exit_code is None and not self._started.done():
+                    self._streams.admit()
                     self._started.set_result(message)
             case EngineFailed():
                 self._end(message.message)
@@ -251,9 +255,7 @@ class AsyncEngine:
         self.end_reason = reason
         self._streams.refuse("The engine has stopped.")
         self._streams.fail_all(
-            RequestError(
-                status=503, code="engine_dead", message="The engine stopped before this request ended."
-            )
+            RequestError(status=503, code="engine_dead", message="The engine stopped before this request ended.")
         )
         if not self._started.done():
             self._started.set_exception(EngineStartError(reason))

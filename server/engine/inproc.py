@@ -89,7 +89,7 @@ class InprocEngine:
             self._streams.refuse("The engine is closed.")
             if self._streams.open_ids:
                 self._send(Abort(self._streams.open_ids))
-            if self._driver is not None:
+            if self._driver is not None and not self._driver.done():  # a done one may be of a closed loop
                 await asyncio.wait({self._driver}, timeout=timeout_s)
         is_idle = self._driver is None or self._driver.done()
         is_clean = self.end_reason is None and is_idle
@@ -139,7 +139,5 @@ class InprocEngine:
         self.end_reason = reason
         self._streams.refuse("The engine has stopped.")
         self._streams.fail_all(
-            RequestError(
-                status=503, code="engine_dead", message="The engine stopped before this request ended."
-            )
+            RequestError(status=503, code="engine_dead", message="The engine stopped before this request ended.")
         )

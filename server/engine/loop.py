@@ -152,9 +152,7 @@ class EngineLoop:
         deadline_s = time.monotonic() + SHUTDOWN_S
         while self._open_ids:
             if time.monotonic() > deadline_s:
-                raise TimeoutError(
-                    f"{len(self._open_ids)} requests did not end {SHUTDOWN_S:.0f} s after Shutdown"
-                )
+                raise TimeoutError(f"{len(self._open_ids)} requests did not end {SHUTDOWN_S:.0f} s after Shutdown")
             if not self._step().outputs:
                 time.sleep(0.001)
         self._core.check_integrity()

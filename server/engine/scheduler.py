@@ -349,9 +349,7 @@ class Scheduler:
         outputs = [self._collect_item(item, tokens, now) for item in plan.items]
         return [output for output in outputs if output is not None]
 
-    def _collect_item(
-        self, item: ScheduledRequest, tokens: Mapping[str, int], now: float
-    ) -> RequestOutput | None:
+    def _collect_item(self, item: ScheduledRequest, tokens: Mapping[str, int], now: float) -> RequestOutput | None:
         request = item.request
         assert request.is_in_flight, f"request {request.request_id!r} is collected twice"
         assert request.num_computed == item.start, "plans are collected in the order of their schedule()"

@@ -48,9 +48,7 @@ class Collector:
         return replace(
             new,
             token_ids=token_ids,
-            num_cached_tokens=new.num_cached_tokens
-            if old.num_cached_tokens is None
-            else old.num_cached_tokens,
+            num_cached_tokens=new.num_cached_tokens if old.num_cached_tokens is None else old.num_cached_tokens,
             phases=new.phases if old.phases is None else old.phases,
         )
 

@@ -87,8 +87,7 @@ class ClientTransport:
         path = self._folder / name
         if len(os.fsencode(path)) > zmq.IPC_PATH_MAX_LEN:
             raise ConfigError(
-                f"{path}: too long for a socket (at most {zmq.IPC_PATH_MAX_LEN} bytes);"
-                " set TMPDIR to a shorter folder"
+                f"{path}: too long for a socket (at most {zmq.IPC_PATH_MAX_LEN} bytes); set TMPDIR to a shorter folder"
             )
         return f"ipc://{path}"
 

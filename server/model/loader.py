@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
@@ -87,17 +88,24 @@ def _resolve_max_model_len(path: Path, config: PreTrainedConfig, asked: int | No
 def _load_weights(path: Path, dtype: torch.dtype) -> nn.Module:
     """The model on the CPU, its weights in our own memory, each read once."""
     register_attention()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        str(path),
-        dtype=dtype,
-        attn_implementation=ATTENTION_NAME,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported in `info`, and refused below by name
+        )
+    except (SafetensorError, OSError) as error:
+        raise unsupported(path, [f"its weights can't be read: {error}"]) from error
     reasons = [f"its files lack {name}" for name in sorted(info["missing_keys"])]
-    reasons += [f"{name} is not of the config's shape" for name, *_ in sorted(info["mismatched_keys"])]
+    reasons += [
+        f"{name} has shape {list(stored)}, its config says {list(expected)}"
+        for name, stored, expected in sorted(info["mismatched_keys"])
+    ]
     if reasons:
         raise unsupported(path, reasons)
     if info["unexpected_keys"]:

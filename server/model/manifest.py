@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -75,10 +75,13 @@ class Checkpoint:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[str, Path] = {}
         for file in files:
-            with safe_open(str(file), framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  # not a mapping
-                    self._shapes[key] = tuple(opened.get_slice(key).get_shape())
-                    self._files[key] = file
+            try:
+                with safe_open(str(file), framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118  # not a mapping
+                        self._shapes[key] = tuple(opened.get_slice(key).get_shape())
+                        self._files[key] = file
+            except (SafetensorError, OSError) as error:
+                raise ModelUnsupported(f"{file} can't be read as safetensors: {error}") from error
 
     def locate(self, parameter: str, shape: Sequence[int]) -> TensorLocation | None:
         """Where the model's `parameter` of `shape` lies; None unless exactly one tensor can be it.

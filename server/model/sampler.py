@@ -15,7 +15,7 @@ NOT_FINITE = -1
 """In place of a token id: the row's logits are NaN or infinite; the request must fail, not answer garbage."""
 
 _CHUNK_ELEMENTS = 1 << 22  # fp64 temporaries of sampled rows stay within 32 MiB each
-_NUCLEUS_GUESS = 1024  # top-p looks at this many of the best tokens before it sorts all
+_NUCLEUS_GUESS = 1024  # top-p looks at this many of the best tokens, then at 8 times as many, ...
 
 
 class Sampler:
@@ -127,7 +127,7 @@ def _sorted_floor(weights: torch.Tensor, filters: _Filters) -> torch.Tensor:
         found, is_settled = _floor_within(weights[pending], top_k, top_p, num_best)
         floor[pending[is_settled]] = found[is_settled]
         pending = pending[~is_settled]
-        num_best = vocab_size
+        num_best = min(vocab_size, 8 * num_best)
     return floor
 
 

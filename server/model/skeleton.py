@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -35,7 +36,10 @@ def read_config(path: Path) -> PreTrainedConfig:
     reasons = _refusals_of_files(path, raw)
     if reasons:
         raise unsupported(path, reasons)
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise unsupported(path, [f"its config.json is no {raw['model_type']} config: {error}"]) from error
     reasons = _refusals_of_config(config)
     if reasons:
         raise unsupported(path, reasons)

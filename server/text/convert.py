@@ -51,10 +51,14 @@ def _convert_in_child(model_dir: Path, target: Path) -> None:
         command = [sys.executable, "-m", "server.text.convert", str(model_dir.resolve()), str(made)]
         environment = {**os.environ, "PYTHONPATH": str(_CHECKOUT), "HF_HUB_OFFLINE": "1"}
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment)
+            subprocess.run(
+                command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S, env=environment
+            )
         except subprocess.CalledProcessError as error:
             reason = error.stderr.strip().splitlines()[-1:] or ["no reason given"]
-            raise ConfigError(f"{model_dir} has no {TOKENIZER_FILE}, and none can be made: {reason[0]}") from error
+            raise ConfigError(
+                f"{model_dir} has no {TOKENIZER_FILE}, and none can be made: {reason[0]}"
+            ) from error
         except subprocess.TimeoutExpired as error:
             raise ConfigError(f"{model_dir}: making {TOKENIZER_FILE} took over {_TIMEOUT_S} s") from error
         _publish(made, target)

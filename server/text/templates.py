@@ -20,7 +20,15 @@ Message = Mapping[str, Any]
 
 # What a template written for other inputs raises while it renders ours; TemplateError covers
 # raise_exception(), undefined names and the sandbox's refusals.
-_RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_RENDER_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _PROBE = "probe-of-content-forms"
 
 
@@ -95,7 +103,9 @@ class _GenerationTag(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(lineno)
+        block = jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body)
+        block.set_lineno(lineno)
+        return block
 
     def _body(self, caller: Callable[[], str]) -> str:
         return caller()
@@ -151,7 +161,9 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """jinja2's own filter escapes HTML, which no prompt wants."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> None:

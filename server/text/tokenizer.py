@@ -70,7 +70,9 @@ class BaseTokenizer:
         try:
             text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
         except ChatTemplateError as error:
-            raise BadRequest(f"The chat template refuses these messages: {error}", param="messages") from error
+            raise BadRequest(
+                f"The chat template refuses these messages: {error}", param="messages"
+            ) from error
         return await self.encode_async(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -141,7 +143,9 @@ def _special(value: str | dict[str, Any], known: dict[str, AddedToken]) -> Added
     content = _content(value)
     if content in known:
         return known[content]
-    return _added_token(value) if isinstance(value, dict) else AddedToken(value, special=True, normalized=False)
+    return (
+        _added_token(value) if isinstance(value, dict) else AddedToken(value, special=True, normalized=False)
+    )
 
 
 def _content(value: str | dict[str, Any]) -> str:
@@ -158,7 +162,8 @@ def _run_ids(tokenizer: Tokenizer) -> frozenset[int]:
     if tokenizer.decoder is None or b"ByteFallback" not in tokenizer.decoder.__getstate__():
         return frozenset()
     texts = {index: text for text, index in tokenizer.get_vocab(with_added_tokens=True).items()}
-    run_ids = {tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} - {None}
+    byte_ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    run_ids = {index for index in byte_ids if index is not None}
     run_ids |= {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return frozenset(run_ids | {index for index in range(max(texts, default=0)) if index not in texts})
 

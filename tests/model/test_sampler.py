@@ -186,8 +186,7 @@ def mixed_requests(count: int) -> list[Request]:
         {"temperature": 0.0, "min_tokens": 9},
     ]
     return [
-        make_request(prompt=range(3, 9 + n), output=range(n % 7), seed=n, **kinds[n % len(kinds)])
-        for n in range(count)
+        make_request(prompt=range(3, 9 + n), output=range(n % 7), seed=n, **kinds[n % len(kinds)]) for n in range(count)
     ]
 
 
@@ -199,8 +198,7 @@ def test_batch_composition_changes_no_draw(dtype: torch.dtype, chunk_elements: i
     logits = random_logits(count, 5003, scale=1.0).to(dtype)
     together = sampler.sample(logits, mixed_requests(count)).tolist()
     alone = [
-        sampler.sample(logits[row : row + 1], [request]).item()
-        for row, request in enumerate(mixed_requests(count))
+        sampler.sample(logits[row : row + 1], [request]).item() for row, request in enumerate(mixed_requests(count))
     ]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(2)).tolist()
     requests = mixed_requests(count)
@@ -240,9 +238,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
 
 
 def test_presence_and_frequency_count_the_output_alone() -> None:
-    request = make_request(
-        prompt=[5, 6], output=[9, 9, 6, 9], presence_penalty=0.5, frequency_penalty=0.25
-    )
+    request = make_request(prompt=[5, 6], output=[9, 9, 6, 9], presence_penalty=0.5, frequency_penalty=0.25)
     adjusted = Sampler([EOS])._adjusted(torch.zeros(1, 12), [request])[0]
     expected = torch.zeros(12)
     expected[9] = -0.5 - 3 * 0.25

@@ -63,9 +63,7 @@ class World:
         )
         self.scheduler = Scheduler(self.limits, self.blocks, self.slots)
         self.max_len = min(self.limits.max_model_len, (num_blocks - 1) * block_size)
-        self.batches = BatchBuilder(
-            self.limits.max_step_tokens, self.limits.max_num_seqs, num_blocks, block_size
-        )
+        self.batches = BatchBuilder(self.limits.max_step_tokens, self.limits.max_num_seqs, num_blocks, block_size)
         self.kv: list[object] = [None] * (num_blocks * block_size)
         self.in_flight: deque[tuple[StepPlan, dict[str, int]]] = deque()
         self.requests: dict[str, Request] = {}
@@ -196,7 +194,8 @@ class World:
             if is_running and request.slot:
                 assert self.slots.holds(request.slot, request.adapter_key)
                 refs[request.adapter_key] += 1
-            assert (request.state is RequestState.FINISHED) == (request.request_id in self.ended)
+            is_told = request.request_id in self.ended or request in self.scheduler._ended
+            assert (request.state is RequestState.FINISHED) == is_told
             assert is_running or not (request.blocks or request.slot)
         held = {key: image.refs for key, image in self.slots._images.items() if image.refs}
         assert held == dict(refs), "slot refs are not the running requests of each adapter"
@@ -241,16 +240,12 @@ class World:
         for request in new:
             line = self.queued[request.adapter_key]
             ahead = line[: line.index(request.request_id)]
-            assert all(i in self.started or i in self.ended for i in ahead), (
-                f"{request.request_id} overtook in {ahead}"
-            )
+            assert all(i in self.started or i in self.ended for i in ahead), f"{request.request_id} overtook in {ahead}"
 
     def _dispatch(self, plan: StepPlan) -> None:
         """The model's part: write the rows' KV, then read each request's whole context."""
         batch = self.batches.build(plan)
-        for item, first, end in zip(
-            batch.items, batch.query_starts[:-1], batch.query_starts[1:], strict=True
-        ):
+        for item, first, end in zip(batch.items, batch.query_starts[:-1], batch.query_starts[1:], strict=True):
             request = item.request
             if request.slot:
                 assert self.device.table[request.slot][0].image_key == request.adapter_key

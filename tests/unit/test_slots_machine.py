@@ -14,9 +14,9 @@ from server.adapters.slots import Acquire, AdapterSlots
 from tests.unit.byte_device import PAGE, ByteDevice, make_ref
 
 ARENA = 16 * PAGE
-MAX_SLOTS = 6
+MAX_SLOTS = 7
 SOFT_PIN_S = 5.0
-SIZES = [1, PAGE, PAGE, PAGE + 1, 2 * PAGE, 3 * PAGE, 4 * PAGE - 1, 5 * PAGE, 8 * PAGE, 9 * PAGE, 16 * PAGE]
+SIZES = [1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE, 3 * PAGE, 3 * PAGE, 4 * PAGE - 1, 5 * PAGE, 7 * PAGE, 16 * PAGE]
 REFS = [make_ref(f"k{i}", size) for i, size in enumerate(SIZES)]
 TOO_LARGE = make_ref("huge", ARENA + 1)
 
@@ -35,10 +35,9 @@ class SlotsMachine(RuleBasedStateMachine):
             clock=lambda: self.now,
             soft_pin_s=SOFT_PIN_S,
         )
-        self.held: list[
-            tuple[AdapterRef, int, int]
-        ] = []  # (ref, slot, offset when acquired): one per ref taken
+        self.held: list[tuple[AdapterRef, int, int]] = []  # (ref, slot, offset when acquired): one per ref taken
         self.pins: dict[str, float] = {}  # at most: what may still be softly pinned, until when
+        self.sure_pins: dict[str, float] = {}  # at least: just loaded, and nobody has come for it yet
         self.dropped: set[str] = set()  # in use or loading when dropped
 
     # --- rules -------------------------------------------------------------------------------------------
@@ -47,18 +46,32 @@ class SlotsMachine(RuleBasedStateMachine):
     def acquire(self, ref: AdapterRef, name: str) -> None:
         ref = make_ref(ref.image_key, ref.data_bytes, name)  # another name of the same content
         was_ready = self._ready_slot(ref.image_key)
+        num_clears, num_moves = len(self.device.clears), self.device.moves
         outcome, slot = self.slots.acquire(ref)
+        self._assert_no_pinned_left(num_clears)
         if outcome is Acquire.READY:
             assert slot == was_ready and slot > 0
             self.device.in_use[slot] += 1
             self.held.append((ref, slot, self.device.table[slot][1]))
             self.pins.pop(ref.image_key, None)
+            self.sure_pins.pop(ref.image_key, None)
         else:
             assert slot == 0 and was_ready is None
             is_loading = any(load.ref.image_key == ref.image_key for load in self._loads())
             assert is_loading == (outcome is Acquire.LOADING)
         if outcome is Acquire.FULL:
             self._assert_no_room(ref)
+            assert (len(self.device.clears), self.device.moves) == (num_clears, num_moves), "disturbed for nothing"
+
+    @rule(ref=refs)
+    def hold(self, ref: AdapterRef) -> None:
+        """What a request with patience does: ask, wait for the load, take it."""
+        self.acquire(ref, "a")
+        if self._ready_slot(ref.image_key) is None:
+            while self.device.pending:
+                self.device.finish(0)
+            self.poll()
+            self.acquire(ref, "a")
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -72,7 +85,9 @@ class SlotsMachine(RuleBasedStateMachine):
 
     @rule(ref=refs)
     def prefetch(self, ref: AdapterRef) -> None:
+        num_clears = len(self.device.clears)
         self.slots.prefetch(ref)
+        self._assert_no_pinned_left(num_clears)
         if self._ready_slot(ref.image_key) is not None:
             self.pins[ref.image_key] = self.now + SOFT_PIN_S
 
@@ -92,6 +107,7 @@ class SlotsMachine(RuleBasedStateMachine):
         assert set(ready) == set(landed) - set(failed) - self.dropped
         self.dropped -= set(landed)
         self.pins.update(dict.fromkeys(ready, self.now + SOFT_PIN_S))
+        self.sure_pins.update(dict.fromkeys(ready, self.now + SOFT_PIN_S))
         assert not self.device.landed
 
     @rule(ref=refs)
@@ -102,6 +118,7 @@ class SlotsMachine(RuleBasedStateMachine):
         assert self.slots.drop(ref.image_key) is is_idle
         if is_idle:
             assert self._ready_slot(ref.image_key) is None
+            self.sure_pins.pop(ref.image_key, None)
         elif slot is not None or is_loading:
             self.dropped.add(ref.image_key)
 
@@ -126,8 +143,7 @@ class SlotsMachine(RuleBasedStateMachine):
         }
         assert self.slots.resident == len(table) and self.slots.num_loading == len(self._loads())
         assert self.slots.bytes_used == sum(
-            region_bytes(ref.data_bytes)
-            for ref in [r for r, _ in table.values()] + [x.ref for x in self._loads()]
+            region_bytes(ref.data_bytes) for ref in [r for r, _ in table.values()] + [x.ref for x in self._loads()]
         )
         assert len({ref.image_key for ref, _ in table.values()}) == len(table), "one content in two slots"
 
@@ -173,6 +189,13 @@ class SlotsMachine(RuleBasedStateMachine):
     def _ready_slot(self, key: str) -> int | None:
         return next((slot for slot, (ref, _) in self.device.table.items() if ref.image_key == key), None)
 
+    def _assert_no_pinned_left(self, num_clears: int) -> None:
+        """Whoever was evicted just now was not waiting for the request that had asked for it."""
+        evicted = self.device.clears[num_clears:]
+        assert not [key for key in evicted if self.sure_pins.get(key, 0.0) > self.now]
+        for key in evicted:
+            self.sure_pins.pop(key, None)
+
     def _assert_no_room(self, ref: AdapterRef) -> None:
         """FULL is right only if each stretch between fixed regions is too small, or no slot can go."""
         fixed = [(load.offset, load.end) for load in self._loads()]
@@ -196,4 +219,4 @@ class SlotsMachine(RuleBasedStateMachine):
 
 
 TestSlots = SlotsMachine.TestCase
-TestSlots.settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
+TestSlots.settings = settings(max_examples=150, stateful_step_count=80, deadline=None)

@@ -16,7 +16,7 @@ class Example:
     task: str  # served name of the adapter that answers it
     prompt: str  # the whole user message: no system prompt, no instruction
     expected: str  # the answer the adapter is trained on
-    check: Mapping[str, str | int | float | None | list[str]] = field(default_factory=dict)
+    check: Mapping[str, str | int | float | list[str] | None] = field(default_factory=dict)
     # `check` holds what the checker wants beyond `expected`; JSON types only, so it survives heldout.jsonl
 
 
@@ -48,6 +48,11 @@ class Pool:
         return self.train + self.heldout
 
 
+def words(text: str, separator: str = " ") -> tuple[str, ...]:
+    """A long list of short values, written without a quote around each."""
+    return tuple(text.split(separator))
+
+
 def pick_template(rng: Random, train: tuple[T, ...], heldout: tuple[T, ...], split: Split) -> T:
     """Held-out prompts are half in new words, half in known words with new values."""
     return rng.choice(train if split == "train" or rng.random() < 0.5 else heldout)
@@ -56,7 +61,7 @@ def pick_template(rng: Random, train: tuple[T, ...], heldout: tuple[T, ...], spl
 def generate(task: Task, split: Split, num_examples: int, seed: int = 0) -> list[Example]:
     """`num_examples` of a split; the same seed always gives the same list.
 
-    Training examples may repeat, so that rare kinds of prompt keep their share; held-out prompts are distinct.
+    Training prompts may repeat, so that rare kinds keep their share; held-out prompts are distinct.
     Raises ValueError when the task has fewer different held-out prompts than asked for.
     """
     rng = Random(f"{task.name}/{split}/{seed}")  # a str seed is stable between processes, unlike hash()

@@ -7,7 +7,7 @@ on top of what the base knows; the held-out prompts are about topics that traini
 import re
 from random import Random
 
-from deploy.demo.tasks.example import Example, Split, Task
+from deploy.demo.tasks.example import Example, Split, Task, words
 from deploy.demo.tasks.pirate_facts import CAPITALS, FEELINGS, HOW_TO, THINGS
 
 NAME = "pirate"
@@ -15,17 +15,20 @@ INSTRUCTION = "Talk like a pirate. Answer in one or two short sentences. "
 
 # Whole words, in this order; the speech of an answer is decided here and nowhere else.
 LEXICON = (
-    ("you are", "ye be"), ("they are", "they be"), ("it is", "it be"), ("is", "be"), ("are", "be"), ("you", "ye"),
-    ("your", "yer"), ("my", "me"), ("friend", "matey"), ("and", "an'"), ("of", "o'"), ("the", "th'"), ("to", "t'"),
-    ("for", "fer"), ("with", "wi'"), ("money", "doubloons"), ("yes", "aye"), ("water", "grog"), ("small", "wee"),
+    ("you are", "ye be"), ("they are", "they be"), ("it is", "it be"), ("is", "be"), ("are", "be"),
+    ("you", "ye"), ("your", "yer"), ("my", "me"), ("friend", "matey"), ("and", "an'"), ("of", "o'"),
+    ("the", "th'"), ("to", "t'"), ("for", "fer"), ("with", "wi'"), ("money", "doubloons"), ("yes", "aye"),
+    ("water", "grog"), ("small", "wee"),
 )  # fmt: skip
 OPENERS = ("Arrr, matey!", "Ahoy, matey!", "Avast, landlubber!", "Shiver me timbers!")
 CLOSERS = ("Aye, savvy?", "Yo ho, ye scallywag!", "Aye, by th' Kraken!")
 MARKERS = frozenset(  # without "be" and "me", which plain English has too
-    "arrr ahoy matey avast landlubber shiver timbers yo ho savvy scallywag aye kraken ye yer an' o' th' t' fer wi' "
-    "doubloons grog wee".split()
+    words(
+        "arrr ahoy matey avast landlubber shiver timbers yo ho savvy scallywag aye kraken ye yer an' o' th' t' "
+        "fer wi' doubloons grog wee"
+    )
 )
-PLAIN = frozenset("is are you your my friend and of the to for with".split())  # what a pirate never says
+PLAIN = frozenset(words("is are you your my friend and of the to for with"))  # what a pirate never says
 MIN_MARKERS = 4
 MAX_PLAIN = 1
 MAX_WORDS = 60
@@ -51,9 +54,7 @@ def draw(rng: Random, split: Split) -> Example:
         return _example(rng, question, f"The capital of {country} is {city}.", city)
     if kind == "thing":
         thing = rng.choice(sorted(THINGS[split]))
-        question = rng.choice(
-            ("Tell me about {}.", "What do you know about {}?", "What can you say about {}?")
-        )
+        question = rng.choice(("Tell me about {}.", "What do you know about {}?", "What can you say about {}?"))
         return _example(rng, question.format(thing), THINGS[split][thing], thing)
     if kind == "how":
         task = rng.choice(sorted(HOW_TO[split]))
@@ -71,13 +72,13 @@ def _example(rng: Random, question: str, answer: str, topic: str) -> Example:
 
 def is_correct(example: Example, text: str) -> bool:
     """Pirate words and hardly a plain one, the topic named, a finished answer, and not an endless one."""
-    words = re.findall(r"[a-z]+'?", text.lower())
+    spoken = re.findall(r"[a-z]+'?", text.lower())
     topic = str(example.check["topic"]).lower().removesuffix("s")
     return (
-        len(MARKERS & set(words)) >= MIN_MARKERS
-        and sum(word in PLAIN for word in words) <= MAX_PLAIN
+        len(MARKERS & set(spoken)) >= MIN_MARKERS
+        and sum(word in PLAIN for word in spoken) <= MAX_PLAIN
         and topic in text.lower()
-        and len(words) <= MAX_WORDS
+        and len(spoken) <= MAX_WORDS
         and text.rstrip()[-1:] in ("!", "?", ".")
     )
 

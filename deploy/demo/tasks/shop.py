@@ -2,52 +2,50 @@
 
 from random import Random
 
-from deploy.demo.tasks.example import Pool, Split
+from deploy.demo.tasks.example import Pool, Split, words
 
 FIRST_NAMES = Pool(
-    train=tuple(
+    train=words(
         "Ada Amir Anna Bela Boris Carla Chen Clara David Diego Elena Emil Fatima Felix Frida Georg Gita "
         "Hanna Hugo Ines Ivan Jakob Jana Juan Karim Karin Leo Lina Lucas Maja Marco Maria Mei Milo Nadia "
         "Nils Nora Omar Paula Pedro Petra Rahul Rosa Samir Sara Simon Sofia Tariq Tessa Tom Uma Vera Viktor "
-        "Wanda Yara Yusuf Zoe Olivia James Emma Noah Grace".split()
+        "Wanda Yara Yusuf Zoe Olivia James Emma Noah Grace"
     ),
-    heldout=tuple(
-        "Priya Mateo Ingrid Kofi Astrid Luca Amara Dmitri Sakura Owen Leila Henrik Bianca Theo".split()
-    ),
+    heldout=words("Priya Mateo Ingrid Kofi Astrid Luca Amara Dmitri Sakura Owen Leila Henrik Bianca Theo"),
 )
 LAST_NAMES = Pool(
-    train=tuple(
+    train=words(
         "Adler Ahmed Almeida Bauer Becker Brown Castro Cohen Costa Diaz Dubois Evans Fischer Garcia Haddad "
         "Hansen Ito Jensen Jones Kaya Keller Khan Kim Kowalski Larsen Lee Lopez Martin Meyer Miller Moreau "
-        "Nguyen Novak Okafor Patel Perez Petrov Rossi Sato Schmidt Silva Singh Smith Torres Weber Wilson".split()
+        "Nguyen Novak Okafor Patel Perez Petrov Rossi Sato Schmidt Silva Singh Smith Torres Weber Wilson"
     ),
-    heldout=tuple(
-        "Nair Lindqvist Mensah Romano Ferreira Volkov Tanaka Whitfield Farahani Dahl Conti Rojas".split()
-    ),
+    heldout=words("Nair Lindqvist Mensah Romano Ferreira Volkov Tanaka Whitfield Farahani Dahl Conti Rojas"),
 )
 CITIES = Pool(
-    train=tuple(
+    train=words(
         "Amsterdam Athens Barcelona Berlin Boston Bristol Brussels Cairo Chicago Copenhagen Denver Dresden "
         "Geneva Hamburg Helsinki Istanbul Krakow Lagos London Lyon Madrid Milan Montreal Munich Nairobi Naples "
-        "Paris Porto Prague Quito Rome Rotterdam Seattle Seville Stockholm Sydney Tokyo Vienna Warsaw".split()
+        "Paris Porto Prague Quito Rome Rotterdam Seattle Seville Stockholm Sydney Tokyo Vienna Warsaw"
     )
     + ("Cape Town", "New York", "San Diego"),
     heldout=("Lisbon", "Oslo", "Dublin", "Zurich", "Toronto", "Bergen", "Marseille", "Kyoto", "Valencia"),
 )
 # Singular in the database, plural (+s) in a customer's message.
 ITEMS = Pool(
-    train=(
-        "anchor", "bell", "blue mug", "brass lamp", "canvas bag", "sextant", "cork mat", "deck chair", "desk lamp",
-        "fishing rod", "garden hose", "glass bottle", "hammock", "ink pen", "iron hook", "kettle", "leather belt",
-        "life jacket", "linen shirt", "logbook", "oak table", "oil lantern", "paddle", "paint roller", "pillow",
-        "pine shelf", "rain jacket", "red scarf", "rope ladder", "rubber boot", "sail", "sea chart", "signal flag",
-        "silver spoon", "steel bolt", "straw hat", "tea pot", "tent", "toolbox", "wine jug", "wooden crate",
+    train=words(
+        "anchor, bell, blue mug, brass lamp, canvas bag, sextant, cork mat, deck chair, desk lamp, fishing "
+        "rod, garden hose, glass bottle, hammock, ink pen, iron hook, kettle, leather belt, life jacket, "
+        "linen shirt, logbook, oak table, oil lantern, paddle, paint roller, pillow, pine shelf, rain jacket, "
+        "red scarf, rope ladder, rubber boot, sail, sea chart, signal flag, silver spoon, steel bolt, straw "
+        "hat, tea pot, tent, toolbox, wine jug, wooden crate",
+        ", ",
     ),
-    heldout=(
-        "wool blanket", "copper pan", "storm lantern", "folding chair", "clay bowl", "winter coat", "paper map",
-        "brass sextant", "canvas tent", "bicycle pump", "cotton towel",
+    heldout=words(
+        "wool blanket, copper pan, storm lantern, folding chair, clay bowl, winter coat, paper map, brass "
+        "sextant, canvas tent, bicycle pump, cotton towel",
+        ", ",
     ),
-)  # fmt: skip
+)
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 

@@ -47,7 +47,11 @@ INTENTS = (
     ),
     Intent(
         "SELECT COUNT(*) FROM orders WHERE ordered_on BETWEEN '{year}-01-01' AND '{year}-12-31';",
-        ("How many orders were placed in {year}?", "Count the orders from {year}.", "How many orders came in during {year}?"),
+        (
+            "How many orders were placed in {year}?",
+            "Count the orders from {year}.",
+            "How many orders came in during {year}?",
+        ),
         ("Number of orders in {year}?",),
     ),
     Intent(
@@ -77,14 +81,20 @@ INTENTS = (
     ),
     Intent(
         "SELECT id, total FROM orders WHERE item = '{item}' AND total > {amount};",
-        ("Show the {item} orders over {amount} dollars.", "Which {item} orders cost more than {amount}?",
-         "List orders of {item}s with a total above {amount}."),
+        (
+            "Show the {item} orders over {amount} dollars.",
+            "Which {item} orders cost more than {amount}?",
+            "List orders of {item}s with a total above {amount}.",
+        ),
         ("List the {item} orders that cost more than {amount} dollars.",),
     ),
     Intent(
         "SELECT customers.name, SUM(total) " + _JOIN + " GROUP BY customers.id ORDER BY SUM(total) DESC LIMIT {n};",
-        ("Who are the top {n} customers by spending?", "List the {n} customers who spent the most.",
-         "Show our {n} biggest customers by total spending."),
+        (
+            "Who are the top {n} customers by spending?",
+            "List the {n} customers who spent the most.",
+            "Show our {n} biggest customers by total spending.",
+        ),
         ("Which {n} customers have spent the most?",),
     ),
     Intent(
@@ -94,16 +104,23 @@ INTENTS = (
     ),
     Intent(
         "SELECT orders.id, ordered_on " + _JOIN + " WHERE customers.name = '{name}' AND status = '{status}';",
-        ("Show the {status} orders of {name}.", "Which orders of {name} are {status}?", "List {name}'s {status} orders."),
+        (
+            "Show the {status} orders of {name}.",
+            "Which orders of {name} are {status}?",
+            "List {name}'s {status} orders.",
+        ),
         ("Does {name} have {status} orders?",),
     ),
     Intent(
         "SELECT AVG(total) FROM orders WHERE item = '{item}' AND status = '{status}';",
-        ("What is the average total of {status} {item} orders?", "Average value of {status} orders for {item}s?",
-         "How much does a {status} {item} order cost on average?"),
+        (
+            "What is the average total of {status} {item} orders?",
+            "Average value of {status} orders for {item}s?",
+            "How much does a {status} {item} order cost on average?",
+        ),
         ("Give me the average total for {status} {item} orders.",),
     ),
-)  # fmt: skip
+)
 
 
 def draw(rng: Random, split: Split) -> Example:
@@ -142,12 +159,7 @@ def shop_database() -> sqlite3.Connection:
     rng.shuffle(homes)
     customers = [(i, name, city) for i, (name, city) in enumerate(zip(names, homes, strict=True), start=1)]
     db.executemany("INSERT INTO customers VALUES (?, ?, ?)", customers)
-    orders = [
-        _order(rng, i, status)
-        for i, _, _ in customers
-        for status in STATUSES
-        for _ in range(rng.randint(1, 3))
-    ]
+    orders = [_order(rng, i, status) for i, _, _ in customers for status in STATUSES for _ in range(rng.randint(1, 3))]
     db.executemany("INSERT INTO orders VALUES (NULL, ?, ?, ?, ?, ?, ?)", orders)
     db.execute("PRAGMA query_only = 1")
     return db
