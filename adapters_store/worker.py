@@ -137,7 +137,7 @@ class CompileWorker:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=_environment(),
-                process_group=0,  # a Ctrl-C in the terminal is ours to handle, not the child's
+                start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the child's
             )
         return self._process
 

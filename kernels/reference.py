@@ -54,22 +54,22 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """out[t] = softmax(softcap(scale q K^T), sinks) V over the keys that row t sees, one row at a time."""
-    out = torch.zeros_like(q)
+    out = q.new_zeros(q.shape)  # contiguous, whatever the strides of q
     repeats = q.shape[1] // k_cache.shape[2]  # query heads per KV head
     for request, context in enumerate(meta.context_lens):
+        keys = _gathered(k_cache, meta, request).repeat_interleave(repeats, 1)  # [context, heads, head_dim]
+        values = _gathered(v_cache, meta, request).repeat_interleave(repeats, 1)
         first, end = meta.query_starts[request], meta.query_starts[request + 1]
         for row in range(first, end):
             last = context - (end - row)  # the row's own position
             begin = 0 if sliding_window is None else max(0, last - sliding_window + 1)
-            keys = _rows_of(k_cache, meta, request, begin, last + 1).repeat_interleave(repeats, 1)
-            values = _rows_of(v_cache, meta, request, begin, last + 1).repeat_interleave(repeats, 1)
-            scores = torch.einsum("hd,khd->hk", q[row].float(), keys) * scale
+            scores = torch.einsum("hd,khd->hk", q[row].float(), keys[begin : last + 1]) * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             if sinks is not None:  # one more logit per head, whose probability goes nowhere
                 scores = torch.cat([scores, sinks.float()[:, None]], 1)
-            probs = scores.softmax(-1)[:, : len(keys)]
-            out[row] = torch.einsum("hk,khd->hd", probs, values)
+            probs = scores.softmax(-1)[:, : last + 1 - begin]
+            out[row] = torch.einsum("hk,khd->hd", probs, values[begin : last + 1])
     return out
 
 
@@ -91,9 +91,7 @@ def _add(y: torch.Tensor, down: list[torch.Tensor], sites: list[tuple[float, Sit
     y.copy_(total)
 
 
-def _rows_of(cache: torch.Tensor, meta: AttentionMetadata, request: int, begin: int, end: int) -> torch.Tensor:
-    """fp32 [end - begin, kv_heads, head_dim]: a request's positions, one at a time through its block table."""
-    table = meta.block_tables[request]
-    return torch.stack(
-        [cache[int(table[p // meta.block_size]), p % meta.block_size] for p in range(begin, end)]
-    ).float()
+def _gathered(cache: torch.Tensor, meta: AttentionMetadata, request: int) -> torch.Tensor:
+    """fp32 [context, kv_heads, head_dim]: a request's positions, one at a time through its block table."""
+    places = (divmod(position, meta.block_size) for position in range(meta.context_lens[request]))
+    return torch.stack([cache[int(meta.block_tables[request, block]), at] for block, at in places]).float()

@@ -26,18 +26,17 @@ def show_banner(
     facts = Table.grid(padding=(0, 2))
     for label, value in ready.facts:
         facts.add_row(label, value)
-    shown = ", ".join(adapters[:MAX_NAMES]) + (f" and {len(adapters) - MAX_NAMES} more" if len(adapters) > MAX_NAMES else "")
+    more = f" and {len(adapters) - MAX_NAMES} more" if len(adapters) > MAX_NAMES else ""
+    shown = ", ".join(adapters[:MAX_NAMES]) + more
     facts.add_row("models", f"{', '.join(config.served_names)} (base); {shown or 'no adapters yet'}")
     console.print(facts, highlight=False)
     url = f"http://{_shown_host(config.host)}:{port}"
-    name, prompt = next(iter(examples.items()), (config.served_names[0], "Name three colours."))
+    served = [(name, examples[name]) for name in adapters if name in examples]
+    name, prompt = served[0] if served else (config.served_names[0], "Name three colours.")
     console.print(f"\nServing on {url}\n", style="bold", highlight=False)
-    console.print(curl_example(url, name, prompt, config.api_key is not None), **_PLAIN)
-    console.print()
-    console.print(sdk_example(url, name, prompt, config.api_key is not None), **_PLAIN)
-
-
-_PLAIN = {"markup": False, "highlight": False, "soft_wrap": True}
+    for example in (curl_example, sdk_example):
+        text = example(url, name, prompt, config.api_key is not None)
+        console.print(text + "\n", markup=False, highlight=False, soft_wrap=True)
 
 
 def curl_example(url: str, model: str, prompt: str, has_key: bool) -> str:

@@ -228,7 +228,7 @@ def _first_match(patterns: Mapping[str, object], module: str) -> str | None:
 
 def suffix_pattern(key: str) -> str:
     """The regular expression of a rank_pattern or alpha_pattern key."""
-    return rf"(?:.*\.)?(?:{key})$"
+    return rf"(?:{key})$"
 
 
 @lru_cache(maxsize=4096)

@@ -40,9 +40,9 @@ class Recipe:
 
 
 RECIPES = {
-    "json-extractor": Recipe(100, 1e-3, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
+    "json-extractor": Recipe(45, 1e-3, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
     "sql-writer": Recipe(
-        100, 2e-3, {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+        60, 2e-3, {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     ),
     "ticket-classifier": Recipe(
         110,

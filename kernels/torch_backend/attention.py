@@ -90,7 +90,7 @@ def paged_attention(
     scoring = Scoring(scale, softcap, sinks)
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # [positions, kv_heads, head_dim]
     heads = (keys.shape[1], q.shape[1] // keys.shape[1])  # KV heads, query heads of each
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = q.new_zeros(q.shape)
     for group in plan.decodes:
         n = len(group.rows)
         k, v = (t.index_select(0, group.index).unflatten(0, (n, -1)).transpose(1, 2) for t in (keys, values))

@@ -29,11 +29,11 @@ def segments_of(batch: Batch, holds: SlotCheck | None = None) -> tuple[Segments,
 
 
 def _merge(runs: Iterable[tuple[int, int, int]]) -> Segments:
-    """Segments of ascending (start, end, slot) runs, neighbours of one slot joined."""
+    """Segments of adjoining (start, end, slot) runs, neighbours of one slot joined."""
     segments = Segments()
     last_slot = 0
     for start, end, slot in runs:
-        if slot and slot == last_slot and segments.ends[-1] == start:
+        if slot and slot == last_slot:
             segments.ends[-1] = end
         elif slot:
             segments.starts.append(start)

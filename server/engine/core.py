@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -31,9 +31,9 @@ from server.engine.scheduler import Scheduler
 class Runner(Protocol):
     """What the core needs of the model: start a step, and later its sampled ids."""
 
-    def dispatch(self, batch: Batch) -> object: ...
+    def dispatch(self, batch: Batch) -> Any: ...
 
-    def collect(self, handle: object) -> npt.NDArray[np.int64]: ...
+    def collect(self, handle: Any) -> npt.NDArray[np.int64]: ...
 
 
 class EngineCore:

@@ -94,6 +94,8 @@ class InprocEngine:
         is_idle = self._driver is None or self._driver.done()
         is_clean = self.end_reason is None and is_idle
         self._end("closed")
+        if self._driver is not None and not is_idle:
+            self._driver.cancel()
         self._thread.shutdown(wait=is_idle)
         if is_clean:
             self._core.check_integrity()

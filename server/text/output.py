@@ -28,9 +28,7 @@ class OutputText:
         self._stops = StopMatcher(stops) if stops else None
         self._num_unchecked = min_tokens
 
-    def feed(
-        self, token_ids: list[int], finish_reason: str | None = None, stop_token_id: int | None = None
-    ) -> Delta:
+    def feed(self, token_ids: list[int], finish_reason: str | None = None, stop_token_id: int | None = None) -> Delta:
         """The delta of one engine event. After a stop string, the rest of the event is dropped."""
         shown = token_ids[:-1] if finish_reason == "stop" else token_ids
         if self._stops is None:

@@ -49,7 +49,7 @@ def model_dir(tmp_path_factory) -> Path:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
+    config = {"tokenizer_class": "TokenizersBackend", "eos_token": "<|end|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 

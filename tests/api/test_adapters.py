@@ -7,6 +7,7 @@ import asyncio
 import openai
 import pytest
 
+from adapters_store.catalog import Catalog
 from adapters_store.errors import (
     AdapterCorrupt,
     AdapterMismatch,
@@ -14,7 +15,6 @@ from adapters_store.errors import (
     AdapterUnavailable,
     AdapterUnsupported,
 )
-from adapters_store.sources.local import LocalSource
 from server.engine.messages import RequestError
 from tests.api.conftest import ANSWER, BASE, add_adapter, serve
 
@@ -210,8 +210,8 @@ BAD_NAMES = [
 
 async def test_names_that_are_no_model_are_404(served, monkeypatch):
     looked_up = []
-    original = LocalSource.resolve
-    monkeypatch.setattr(LocalSource, "resolve", lambda self, name: looked_up.append(name) or original(self, name))
+    original = Catalog.resolve
+    monkeypatch.setattr(Catalog, "resolve", lambda self, name: looked_up.append(name) or original(self, name))
     async with served.http() as http:
         for name in BAD_NAMES:
             for stream in (False, True):
@@ -221,7 +221,7 @@ async def test_names_that_are_no_model_are_404(served, monkeypatch):
                 assert error["code"] == "model_not_found"
                 assert error["param"] == "model"
                 assert error["type"] == "invalid_request_error"
-    # only what fits the grammar ever reached the disk
+    # only what fits the grammar ever reached the catalog, let alone the disk
     assert set(looked_up) <= {"nobody", "tiny"}
     assert served.engine.added == []
 

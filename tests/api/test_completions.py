@@ -318,6 +318,27 @@ async def test_an_error_before_the_first_token_of_a_stream_is_a_status(served):
     assert response.headers["retry-after"] == "2"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_the_server_ends_is_no_answer(served, stream):
+    """An abort that the client did not cause: the text so far must not pass for the whole."""
+    served.answer("the quick", hangs=True)
+    body = {"model": BASE, "prompt": "x", "stream": stream}
+    async with served.http() as http:
+        task = asyncio.create_task(http.post("/v1/completions", json=body))
+        while not served.engine.added:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+        served.engine.abort(served.engine.added[0].request_id)
+        response = await task
+    if stream:
+        event = response.text.split("\n\n")[-3]
+        assert json.loads(event.removeprefix("data: "))["error"]["code"] == "request_aborted"
+    else:
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "request_aborted"
+    served.assert_quiet()
+
+
 async def test_a_dead_engine(served):
     served.answer(ANSWER, hangs=True, delay_s=0.001)
     client = served.client()

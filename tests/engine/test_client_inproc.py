@@ -78,7 +78,8 @@ async def test_the_core_is_called_from_one_thread_that_is_not_the_loops(engine, 
         return step()
 
     core.step = watched
-    await asyncio.gather(*(read(engine, make_request(str(i))) for i in range(20)))
+    others = [asyncio.to_thread(time.sleep, 0.001) for _ in range(50)]  # so that the loop's own threads change
+    await asyncio.gather(*(read(engine, make_request(str(i), max_tokens=50)) for i in range(20)), *others)
     assert len(threads) == 1
     assert threading.get_ident() not in threads
 

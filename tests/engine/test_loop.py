@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -151,7 +153,9 @@ async def test_an_exception_in_a_step_is_told_and_exits_non_zero():
 
 
 async def test_the_signals_of_a_terminal_and_a_supervisor_are_left_to_the_parent():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
     with child() as engine:
+        signal.signal(signal.SIGINT, before)
         await engine.next()
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(engine.process.pid, number)
@@ -222,26 +226,21 @@ asyncio.run(main())
 
 
 async def test_the_engine_dies_with_its_parent_even_in_the_middle_of_a_step():
-    parent = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PARENT, stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
-    )
+    env = {**os.environ, "PYTHONPATH": "."}
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, env=env) as parent:
+        try:
+            assert parent.stdout is not None
+            pid = int(await asyncio.to_thread(parent.stdout.readline))
+            await asyncio.sleep(0.2)  # into the step that takes a minute
+            pidfd = os.pidfd_open(pid)
+        finally:
+            parent.kill()
     try:
-        assert parent.stdout is not None
-        pid = int(await asyncio.wait_for(parent.stdout.readline(), 20))
-        await asyncio.sleep(0.2)  # into the step that takes a minute
-        pidfd = os.pidfd_open(pid)
+        has_ended = await asyncio.to_thread(select.select, [pidfd], [], [], 5.0)
+        assert has_ended[0] == [pidfd]
     finally:
-        parent.kill()
-        await parent.wait()
-    ended = asyncio.Event()
-    asyncio.get_running_loop().add_reader(pidfd, ended.set)
-    try:
-        await asyncio.wait_for(ended.wait(), 5)
-    except TimeoutError:
-        os.kill(pid, signal.SIGKILL)
-        raise
-    finally:
-        asyncio.get_running_loop().remove_reader(pidfd)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)
 
 

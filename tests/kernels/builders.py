@@ -317,9 +317,9 @@ class AttentionCase:
 
 CONTEXTS = {
     "short": ([3, 7, 1, 16, 12], [(6, 6), (9, 2)]),
-    "ragged": ([1, 2, 65, 700, 33, 128, 130, 64, 5], [(40, 40), (300, 31), (17, 1)]),
+    "ragged": ([1, 2, 65, 300, 33, 128, 130, 64, 5], [(40, 40), (200, 31), (17, 1)]),
     "decode": ([40, 41, 90, 12, 200, 7, 1], []),
-    "prefill": ([], [(64, 64), (1, 1), (700, 600), (90, 8)]),
+    "prefill": ([], [(64, 64), (1, 1), (250, 150), (90, 8)]),
 }
 """Profile -> contexts of the decode rows, and (context, rows in this step) of the prefill chunks."""
 
@@ -357,7 +357,9 @@ def attention_case(
         mapping += where[length - counts[i] :]
     starts = [0, *itertools.accumulate(counts)]
     meta = AttentionMetadata(len(decodes), starts, lengths, tables, torch.tensor(mapping), block_size)
-    q = torch.randn(num_heads, starts[-1], head_dim, generator=rng).to(dtype).transpose(0, 1)  # strided, as models give it
+    q = (
+        torch.randn(num_heads, starts[-1], head_dim, generator=rng).to(dtype).transpose(0, 1)
+    )  # strided, as models give it
     sinks = torch.randn(num_heads, generator=rng).to(dtype) if has_sinks else None
     scale = 1.5 * head_dim**-0.5
     return AttentionCase(q, k_cache, v_cache, meta, keys, values, scale, window, softcap, sinks)

@@ -137,7 +137,9 @@ def make_batch(items: Sequence[ScheduledRequest]) -> Batch:
     return Batch(
         items=ordered,
         num_decodes=sum(item.is_decode for item in ordered),
-        ids=np.concatenate([item.request.token_ids[p[0] : p[-1] + 1] for item, p in zip(ordered, positions)]),
+        ids=np.concatenate(
+            [item.request.token_ids[p[0] : p[-1] + 1] for item, p in zip(ordered, positions, strict=True)]
+        ),
         positions=np.concatenate(positions),
         kv_slots=np.concatenate(slots).astype(np.int64),
         rope_lengths=np.repeat([len(item.request.token_ids) for item in ordered], counts),

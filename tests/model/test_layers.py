@@ -16,6 +16,8 @@ from kernels.ops import get_backend
 from kernels.types import TABLE_COLUMNS, Segments, SiteGroup, SlotWeights
 from server.adapters.layer import AdaptedEmbedding, AdaptedLinear, StepState, pack
 
+pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # PEFT advises against merging; nobody merges
+
 VOCAB, HIDDEN, INNER = 50, 24, 40
 SITES = ["embed", "q", "k", "v", "o", "gate", "up", "down", "head"]
 ROW = {name: row for row, name in enumerate(SITES)}

@@ -19,7 +19,7 @@ from adapters_store.errors import (
     AdapterUnsupported,
 )
 from adapters_store.limits import Limits
-from tests.store.bases import make_adapter, tokenizer_json
+from tests.store.bases import Base, make_adapter, manifest_of, tokenizer_json
 from tests.store.images import compile_folder, problems_of
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -232,8 +232,6 @@ def test_values_that_are_no_numbers(value, dtype, edited, base):
 
 
 def test_a_scale_that_overflows_the_bases_dtype(edited, base_of, base):
-    from tests.store.bases import Base, manifest_of
-
     half = Base(base.path, manifest_of(base.path, base.model(), "float16"))
     edited.tensors({f"{PREFIX}.lora_B.weight": torch.full((32, 4), 60_000.0)}).config(lora_alpha=8)
     refusal(edited.path, half, AdapterInvalid, f"{PREFIX}.lora_B.weight", "float16")
@@ -288,9 +286,7 @@ def test_two_tensors_for_one_factor(edited, base):
 
 def test_several_adapters_in_one_file(edited, base):
     tensors = load_file(edited.weights)
-    renamed = {
-        name: tensor for name, tensor in tensors.items() if "down_proj" not in name
-    } | {
+    renamed = {name: tensor for name, tensor in tensors.items() if "down_proj" not in name} | {
         name.replace(".weight", ".second.weight" if "layers.1" in name else ".first.weight"): tensor
         for name, tensor in tensors.items()
         if "down_proj" in name
@@ -362,9 +358,7 @@ def test_a_changed_copy_of_the_embedding_is_a_modules_to_save(base, tmp_path):
 
 def test_a_tied_head_that_is_not_the_embeddings(base_of, tmp_path):
     base = base_of("llama-tied")
-    adapter = make_adapter(
-        base, tmp_path / "adapter", target_modules=["embed_tokens"], ensure_weight_tying=True
-    )
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"], ensure_weight_tying=True)
     edited = Edited(adapter, tmp_path / "edited")
     head = load_file(edited.weights)["base_model.model.lm_head.lora_A.weight"]
     edited.tensors({"base_model.model.lm_head.lora_A.weight": head + 1})

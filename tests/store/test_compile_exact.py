@@ -7,10 +7,13 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import MontecloraConfig
 from safetensors.torch import load_file, save_file
 
+from adapters_store.compile.lower import compile_adapter
+from adapters_store.limits import Limits
 from tests.store.bases import ALL_LINEAR, make_adapter, make_base, peft_model, quiet
-from tests.store.images import compile_folder, image_of, worst_error
+from tests.store.images import compile_folder, files_of, image_of, worst_error
 
 EXACT = 3e-6  # float32 rounding of PEFT's own sum, relative to the largest output of the site
 
@@ -48,7 +51,10 @@ OPTIONS = {
     "head": ("llama", {"target_modules": ["lm_head", "q_proj"], "r": 5}),
     "embedding-tied-base": ("llama-tied", {"target_modules": ["embed_tokens"], "use_rslora": True}),
     "head-tied-base": ("llama-tied", {"target_modules": ["lm_head"]}),
-    "both-untied-deltas": ("llama-tied", {"target_modules": ["lm_head", "embed_tokens"], "alpha_pattern": {"lm_head": 1}}),
+    "both-untied-deltas": (
+        "llama-tied",
+        {"target_modules": ["lm_head", "embed_tokens"], "alpha_pattern": {"lm_head": 1}},
+    ),
     "tied-deltas": (
         "llama-tied",
         {"target_modules": ["embed_tokens", "k_proj"], "ensure_weight_tying": True, "alpha_pattern": {"lm_head": 3}},
@@ -117,9 +123,7 @@ def test_trained_bias_is_taken_from_the_base_as_it_is_served(tmp_path):
 def test_converted_initialisations_are_plain_lora_of_twice_the_rank(init, use_rslora, base, tmp_path):
     """PEFT changes the base's weights; its conversion gives a LoRA of the base as it was."""
     torch.manual_seed(3)
-    config = LoraConfig(
-        r=4, lora_alpha=4, target_modules=ALL_LINEAR, init_lora_weights=init, use_rslora=use_rslora
-    )
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=ALL_LINEAR, init_lora_weights=init, use_rslora=use_rslora)
     with quiet():
         model = get_peft_model(base.model(), config)
         model.peft_config["default"].init_lora_weights = True
@@ -129,9 +133,7 @@ def test_converted_initialisations_are_plain_lora_of_twice_the_rank(init, use_rs
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.add_(0.3 * torch.randn_like(parameter))
-        model.save_pretrained(
-            tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
-        )
+        model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     compiled = compile_folder(tmp_path / "adapter", base)
     assert {lowered.rank for lowered in compiled.sites} == {8}
     image = image_of(compiled, base, tmp_path / "image")
@@ -208,8 +210,6 @@ def test_equal_trained_biases_are_dropped(base_of, tmp_path):
 
 
 def test_training_only_tensors_are_dropped_and_reported(base, tmp_path):
-    from peft.tuners.lora.config import MontecloraConfig
-
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], monteclora_config=MontecloraConfig())
     compiled = compile_folder(adapter, base)
     assert compiled.dropped
@@ -219,15 +219,10 @@ def test_training_only_tensors_are_dropped_and_reported(base, tmp_path):
 
 
 def test_another_bases_name_is_a_warning(base, plain_adapter):
-    config = json.loads((plain_adapter / "adapter_config.json").read_text())
     assert compile_folder(plain_adapter, base).warnings == []
-    from tests.store.images import files_of
-
-    from adapters_store.compile.lower import compile_adapter
-    from adapters_store.limits import Limits
-
     files = files_of(plain_adapter)
-    files["adapter_config.json"] = memoryview(json.dumps(config | {"base_model_name_or_path": "other/Llama"}).encode())
+    config = json.loads(bytes(files["adapter_config.json"])) | {"base_model_name_or_path": "other/Llama"}
+    files["adapter_config.json"] = memoryview(json.dumps(config).encode())
     warnings = compile_adapter(files, base.manifest, Limits()).warnings
     assert len(warnings) == 1
     assert "other/Llama" in warnings[0]

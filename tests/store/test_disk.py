@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from adapters_store.disk import DiskImages
 from adapters_store.errors import AdapterUnavailable
@@ -258,7 +258,5 @@ class DiskMachine(RuleBasedStateMachine):
 
 
 def test_disk_machine(tmp_path, template):
-    from hypothesis.stateful import run_state_machine_as_test
-
     machine = type("Machine", (DiskMachine,), {"template": template, "folder": tmp_path})
     run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=25, deadline=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import msgspec
@@ -34,7 +35,7 @@ def written(request, tmp_path_factory):
 
 
 def test_standard_tools_read_it(written):
-    base, compiled, path, header = written
+    base, compiled, path, _ = written
     with safetensors.safe_open(path, "pt") as file:
         names = set(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
@@ -57,7 +58,7 @@ def test_standard_tools_read_it(written):
 
 
 def test_the_name_is_nowhere_in_the_file(written):
-    assert b"adapter\"" not in written[2].read_bytes()[:4096]
+    assert b'adapter"' not in written[2].read_bytes()[:4096]
 
 
 def test_sites_are_in_manifest_order_and_aligned(written):
@@ -112,9 +113,7 @@ def test_a_failed_write_leaves_nothing(written, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(OSError, match="taken"):
-        write_image(
-            tmp_path / "taken", compiled.sites, base.manifest, image_key="k", digest="d", compiler_version=1
-        )
+        write_image(tmp_path / "taken", compiled.sites, base.manifest, image_key="k", digest="d", compiler_version=1)
     assert [file.name for file in tmp_path.iterdir()] == ["taken"]
 
 
@@ -161,10 +160,8 @@ def test_a_mutated_header_is_read_or_refused(tmp_path_factory, plain_image, chan
         content[position] = value
     path = tmp_path_factory.getbasetemp() / "mutated"
     path.write_bytes(content)
-    try:
+    with contextlib.suppress(AdapterError):
         read_header(path)
-    except AdapterError:
-        pass
 
 
 @pytest.fixture(scope="module")

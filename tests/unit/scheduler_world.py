@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from adapters_store.ref import AdapterRef
@@ -157,13 +157,20 @@ class World:
             self.collect()
         return {item.request.request_id: item.num_tokens for item in plan.items}
 
-    def run(self, max_steps: int = 2000) -> int:
-        """Step until everything has ended; the number of steps."""
-        for count in range(max_steps):
-            if not self.scheduler.has_work:
-                return count
-            self.step()
-        raise AssertionError(f"no end after {max_steps} steps: {self.scheduler.stats()}")
+    def run(self, max_steps: int = 2000) -> None:
+        """Step until everything has ended."""
+        self.run_until(lambda: not self.scheduler.has_work, max_steps)
+
+    def run_until(
+        self, is_reached: Callable[[], bool], max_steps: int = 500, *, seconds: float = 0.01
+    ) -> dict[str, int]:
+        """Step until something is so; the rows of the last step."""
+        rows: dict[str, int] = {}
+        for _ in range(max_steps):
+            if is_reached():
+                return rows
+            rows = self.step(seconds=seconds)
+        raise AssertionError(f"not reached in {max_steps} steps: {self.scheduler.stats()}")
 
     # --- what must hold ----------------------------------------------------------------------------------
 

@@ -271,24 +271,34 @@ def test_the_latest_admitted_is_preempted_and_ends_right():
     world.check_ended()
 
 
-def test_a_preempted_request_keeps_its_tokens_and_goes_before_newcomers():
-    # 8 blocks of 4: two prompts of 12 take 6, and grow to 7 blocks each
-    world = World(num_blocks=9, block_size=4, has_prefix_cache=False)
+@pytest.mark.parametrize("is_same_adapter", [True, False])
+def test_a_preempted_request_keeps_its_tokens_and_goes_before_newcomers(is_same_adapter):
+    # 8 blocks of 4: two prompts of 12 take 6, and each request grows to 7
+    world = World(num_blocks=9, block_size=4, has_prefix_cache=False, max_num_seqs=2)
     x = adapter("x")
     first, second = world.add("a", 12, x, max_tokens=16), world.add("b", 12, x, max_tokens=16)
-    while not second.num_preemptions:
-        world.step()
+    world.run_until(lambda: first.state is second.state is RequestState.RUNNING)
+    third = world.add("c", 24, x if is_same_adapter else None)  # no room beside b
+    world.run_until(lambda: second.num_preemptions > 0)
     known = list(second.token_ids)
     assert second.state is RequestState.WAITING and len(known) > 12
     assert not second.blocks and not second.slot and second.num_computed == second.num_scheduled == 0
     assert world.scheduler.stats().preemptions == 1 and first.num_preemptions == 0
-    world.add("c", 4, None)
-    while second.state is RequestState.WAITING:
-        rows = world.step()
-        assert "c" not in rows or "b" in rows, "a newcomer overtook"
+    world.run_until(lambda: second.state is RequestState.RUNNING)
+    assert third.state is RequestState.WAITING, "a newcomer overtook"
     assert second.token_ids[: len(known)] == known
     world.run()
     assert len(world.answer("b")) == 16
+    world.check_ended()
+
+
+def test_nobody_is_admitted_only_to_be_preempted():
+    world = World(num_blocks=6, block_size=4, has_prefix_cache=False)
+    world.add("a", 12, max_tokens=6)  # all of three blocks: the next token takes a fourth
+    world.step()
+    world.add("b", 8, max_tokens=2)  # would take the last two
+    world.run()
+    assert world.scheduler.num_preemptions == 0
     world.check_ended()
 
 
@@ -296,10 +306,8 @@ def test_a_preempted_request_finds_its_own_blocks_again():
     world = World(num_blocks=9, block_size=4)
     world.add("a", 12, max_tokens=16)
     second = world.add("b", 12, max_tokens=9)
-    while not second.num_preemptions:
-        world.step()
-    while second.state is RequestState.WAITING:
-        rows = world.step()
+    world.run_until(lambda: second.num_preemptions > 0)
+    rows = world.run_until(lambda: second.state is RequestState.RUNNING)
     assert 0 < rows["b"] < len(second.token_ids) - 1, "its first blocks were still cached"
     assert second.num_cached == 0, "that was no hit of the prompt's"
     assert world.scheduler.stats().prefix_hits == 0
@@ -311,18 +319,19 @@ def test_rows_in_flight_are_never_preempted():
     """An older decode without a block sits out until the rows that hold it are collected."""
     world = World(num_blocks=14, block_size=4, has_prefix_cache=False, max_num_seqs=4, max_step_tokens=4)
     old = world.add("old", 4, max_tokens=30)
-    while len(old.token_ids) < 8:
-        world.step()
+    world.run_until(lambda: len(old.token_ids) == 8)
     young = world.add("young", 40, max_tokens=2)
     world.schedule()
 
     def is_stuck() -> bool:
         return len(old.token_ids) > len(old.blocks) * 4 and not world.blocks.can_allocate(1)
 
-    while not is_stuck():
+    for _ in range(20):
+        if is_stuck():
+            break
         world.schedule()  # chunks of young overlap; old's next token is known after its collect
         world.collect()
-    assert young.is_in_flight and young.num_preemptions == 0
+    assert is_stuck() and young.is_in_flight and young.num_preemptions == 0
     assert "old" not in [item.request.request_id for item in world.schedule().items]
     assert young.num_preemptions == 0 and old.num_preemptions == 0
     while world.in_flight:
@@ -480,8 +489,7 @@ def test_idleness_saves_up_no_turns():
     world.run()
     for index in range(40):
         world.add(f"x{index}", 8, x)
-    while len(world.ended) < 20:
-        world.step()
+    world.run_until(lambda: len(world.ended) == 20)
     for index in range(20):
         world.add(f"y{index}", 8, y)
     position = len(world.started)
@@ -511,8 +519,7 @@ def test_who_was_never_started_ends_with_503_after_the_bound():
 def test_who_was_started_is_never_timed_out():
     world = World(num_blocks=9, block_size=4, max_wait_s=1.0, has_prefix_cache=False)
     world.add("a", 12, max_tokens=16), world.add("b", 12, max_tokens=16)
-    while "a" not in world.ended:
-        world.step(seconds=5.0)
+    world.run_until(lambda: "a" in world.ended, seconds=5.0)
     assert world.requests["b"].num_preemptions
     world.run()
     assert world.ended == {"a": "length", "b": "length"}

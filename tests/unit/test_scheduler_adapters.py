@@ -16,8 +16,7 @@ GONE = RequestError(404, "model_not_found", "no such adapter")
 
 def settle(world: World, *requests) -> None:
     """Step until these run."""
-    while not all(request.state is RequestState.RUNNING for request in requests):
-        world.step()
+    world.run_until(lambda: all(request.state is RequestState.RUNNING for request in requests))
 
 
 # --- from pending to running -------------------------------------------------------------------------------
@@ -196,8 +195,8 @@ def test_young_adapters_wait_beyond_the_bound_and_base_rows_do_not():
     assert set(world.step()) == {"v", "w", "base"}
     world.add("v2", 4, refs[0])
     assert set(world.step()) == {"v", "w", "base", "v2"}, "another request of a running adapter"
-    while "v" not in world.ended:
-        assert not {"x", "y"} & set(world.step())
+    world.run_until(lambda: "v" in world.ended)
+    assert world.started == ["v", "w", "base", "v2"]
     world.run()
     world.check_ended()
 
@@ -350,8 +349,8 @@ def test_nobody_takes_the_slot_that_was_drained():
         world.add(f"small{index}", 4, adapter(f"s{index % 3}"))
         world.step(seconds=0.1)
         assert not any(name.startswith("small") for name in world.started)
-    while "big" not in world.started:
-        world.step(seconds=0.1)
+    world.run_until(lambda: "big" in world.started)
+    assert not any(name.startswith("small") for name in world.started)
     world.run()
     world.check_ended()
 
@@ -401,6 +400,42 @@ def test_a_starving_request_that_goes_away_ends_the_drain():
     world.check_ended()
 
 
+def test_a_drain_leaves_nothing_behind_for_the_next():
+    """Who drained the first time is not held back when another drains."""
+    world = World(arena_pages=2, age_limit_s=1.0, max_wait_s=1e9)
+    x, y = adapter("x"), adapter("y")
+    world.add("x", 4, x, max_tokens=58), world.add("y", 4, y, max_tokens=12)
+    settle(world, *world.requests.values())
+    world.add("cold1", 4, adapter("cold1"), max_tokens=2)
+    world.step(seconds=2.0), world.step()
+    y2 = world.add("y2", 4, y, max_tokens=59)
+    settle(world, y2)
+    assert "cold1" in world.ended, "y drained for it"
+    world.add("cold2", 4, adapter("cold2"))
+    world.step(seconds=2.0), world.step()
+    x3, y3 = world.add("x3", 4, x, max_tokens=2), world.add("y3", 4, y, max_tokens=2)
+    world.step(), world.step()
+    assert x3.state is RequestState.WAITING and y3.state is not RequestState.WAITING
+    world.run()
+    world.check_ended()
+
+
+def test_having_been_held_back_once_gives_no_lasting_precedence():
+    world = World(arena_pages=1, age_limit_s=1.0, max_wait_s=1e9, max_num_seqs=2, max_step_tokens=32)
+    x, y = adapter("x"), adapter("y")
+    world.add("y", 4, y, max_tokens=20)
+    settle(world, world.requests["y"])
+    for index in range(10):
+        world.add(f"x{index}", 8, x)
+    world.run_until(lambda: "y" in world.ended, seconds=0.1)
+    for index in range(10):
+        world.add(f"base{index}", 8)
+    world.run()
+    starts = [name[0] for name in world.started[1:11]]
+    assert 4 <= starts.count("x") <= 6, starts
+    world.check_ended()
+
+
 def test_a_full_arena_ends_in_503_after_the_bound():
     world = World(arena_pages=1, max_wait_s=5.0)
     world.add("x", 4, adapter("x"), max_tokens=50)
@@ -420,8 +455,7 @@ def test_a_preempted_request_waits_for_its_adapter_again():
     x, y = adapter("x"), adapter("y")
     world.add("a", 12, x, max_tokens=16)
     second = world.add("b", 12, y, max_tokens=16)
-    while not second.num_preemptions:
-        world.step()
+    world.run_until(lambda: second.num_preemptions > 0)
     assert world.slots.drop(y.image_key)
     world.run()
     assert world.ended["b"] == "length" and second.adapter is y

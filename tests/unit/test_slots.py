@@ -6,6 +6,7 @@ import pytest
 
 from adapters_store.errors import AdapterCorrupt, AdapterTooLarge
 from adapters_store.ref import AdapterRef
+from server.adapters.regions import Regions, region_bytes
 from server.adapters.slots import SOFT_PIN_S, Acquire, AdapterSlots
 from server.errors import ConfigError
 from tests.unit.byte_device import PAGE, ByteDevice, make_ref
@@ -153,6 +154,16 @@ def test_an_image_in_use_or_loading_is_never_moved():
     rig.release(c)
     rig.slots.drop("a")
     rig.slots.drop("c")  # [2 free][b in use][2 free]
+    assert rig.acquire(pages("new", 3)) is Acquire.FULL
+    assert rig.device.moves == 0
+    rig.release(b)
+    rig.slots.drop("b")
+    for ref in (a, b):
+        assert rig.acquire(ref) is Acquire.LOADING
+    rig.device.finish(0)
+    assert rig.slots.poll() == []
+    rig.now += SOFT_PIN_S
+    rig.slots.drop("a")  # [2 free][b loading][2 free]
     assert rig.acquire(pages("new", 3)) is Acquire.FULL
     assert rig.device.moves == 0
 
@@ -339,6 +350,26 @@ def test_releasing_more_often_than_acquiring_is_caught():
         rig.slots.release(rig.slot(a))
     with pytest.raises(AssertionError, match="more often"):
         rig.slots.release(0)
+
+
+def test_regions_are_whole_pages_found_first_fit_within_bounds():
+    assert [region_bytes(count) for count in (0, 1, PAGE, PAGE + 1)] == [PAGE, PAGE, PAGE, 2 * PAGE]
+    regions = Regions(8 * PAGE + 5)
+    assert regions.capacity == 8 * PAGE
+    for page, count in ((6, 1), (1, 2)):  # . # # . . . # .
+        regions.take(page * PAGE, count * PAGE)
+    assert regions.find(PAGE) == 0
+    assert regions.find(2 * PAGE) == 3 * PAGE
+    assert regions.find(4 * PAGE) is None
+    assert regions.find(2 * PAGE, high=PAGE) is None
+    assert regions.find(PAGE, low=3 * PAGE) == 3 * PAGE
+    assert regions.find(PAGE, low=6 * PAGE) == 7 * PAGE
+    regions.free(PAGE)
+    assert regions.find(6 * PAGE) == 0 and regions.find(4 * PAGE, high=3 * PAGE) is None
+    assert regions.find(8 * PAGE) is None
+    regions.check({6 * PAGE: PAGE})
+    regions.free(6 * PAGE)
+    assert regions.find(2 * PAGE, high=PAGE) is None and regions.used_bytes == 0
 
 
 @pytest.mark.parametrize(
