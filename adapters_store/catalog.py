@@ -75,9 +75,7 @@ class Catalog:
         for source in self._sources:
             for name in source.names():
                 if name in self._base_names:
-                    warnings.append(
-                        f"{source.source} has an adapter named {name!r}, the base's name: never served"
-                    )
+                    warnings.append(f"{source.source} has an adapter named {name!r}, the base's name: never served")
                 elif name in found:
                     warnings.append(f"{source.source} has an adapter {name!r} too: {found[name]} is served")
                 elif (version := source.resolve(name)) is not None:

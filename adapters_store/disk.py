@@ -39,6 +39,8 @@ class _Resident(msgspec.Struct):
     """wall-clock seconds; kept as the file's mtime, so that the order of use survives a restart"""
     versions: set[str] = msgspec.field(default_factory=set)
     """version keys whose index entries name it"""
+    is_checked: bool = False
+    """whether its header was read since this process started"""
 
 
 class DiskImages:
@@ -88,15 +90,14 @@ class DiskImages:
         return self.images_dir / f"{image_key}{SUFFIX}"
 
     def find(self, version_key: str) -> AdapterRef | None:
-        """The image that this SourceVersion became, when it is still there whole (by size)."""
+        """The image that this SourceVersion became, when it is still there whole.
+
+        Whole by its size, and by its header the first time; who reads the data verifies the checksum.
+        """
         ref = self._refs.get(version_key)
         if ref is None:
             return None
-        try:
-            size = self.image_path(ref.image_key).stat().st_size
-        except FileNotFoundError:
-            size = -1
-        if size != ref.data_offset + ref.data_bytes:
+        if not self._is_whole(ref):
             log.warning("image %s is damaged or gone: dropped", ref.image_key)
             self.discard(ref.image_key)
             return None
@@ -109,6 +110,7 @@ class DiskImages:
         resident = self._residents.setdefault(ref.image_key, _Resident(0, 0.0))
         resident.file_bytes = path.stat().st_size
         resident.versions.add(ref.version)
+        resident.is_checked = True
         self._refs[ref.version] = ref
         self._write_entry(ref)
         self._touch(ref.image_key)
@@ -183,31 +185,29 @@ class DiskImages:
         for path in self._index_dir.glob("*.json"):
             try:
                 ref = msgspec.json.decode(path.read_bytes(), type=AdapterRef)
-                self._check_image(ref)
-            except (OSError, msgspec.MsgspecError, AdapterCorrupt) as error:
-                log.warning("index entry %s dropped: %s", path.name, error)
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
+                resident = self._residents[ref.image_key]
+            except (OSError, msgspec.MsgspecError, KeyError) as error:
+                log.warning("index entry %s dropped: %r", path.name, error)
+                path.unlink(missing_ok=True)
                 continue
             # the folder may have been moved
             ref = msgspec.structs.replace(ref, image_path=str(self.image_path(ref.image_key)))
-            self._residents[ref.image_key].versions.add(ref.version)
+            resident.versions.add(ref.version)
             self._refs[ref.version] = ref
 
-    def _check_image(self, ref: AdapterRef) -> None:
-        """A remembered image must be there with the header it had; a damaged one is deleted."""
-        path = self.image_path(ref.image_key)
+    def _is_whole(self, ref: AdapterRef) -> bool:
+        """Whether the image is there with the size and (looked at once) the header it was compiled with."""
+        path, resident = self.image_path(ref.image_key), self._residents[ref.image_key]
         try:
-            header = read_header(path)
-            if (header.checksum, header.data_offset, header.data_bytes) != (
-                ref.checksum,
-                ref.data_offset,
-                ref.data_bytes,
-            ):
-                raise AdapterCorrupt(f"{path.name} is not the image that was compiled")
-        except AdapterCorrupt:
-            self.discard(ref.image_key)
-            raise
+            if path.stat().st_size != ref.data_offset + ref.data_bytes:
+                return False
+            if not resident.is_checked:
+                header = read_header(path)
+                found = (header.checksum, header.data_offset, header.data_bytes)
+                resident.is_checked = found == (ref.checksum, ref.data_offset, ref.data_bytes)
+        except (OSError, AdapterCorrupt):
+            return False
+        return resident.is_checked
 
     def _entry_path(self, version_key: str) -> Path:
         return self._index_dir / f"{version_key}.json"

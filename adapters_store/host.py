@@ -31,9 +31,7 @@ def read_image(ref: AdapterRef, into: Buffer) -> None:
     try:
         _read(ref, view)
     except OSError as error:
-        raise AdapterUnavailable(
-            f"the image of adapter {ref.name} can't be read: {error.strerror}"
-        ) from error
+        raise AdapterUnavailable(f"the image of adapter {ref.name} can't be read: {error.strerror}") from error
     if hashlib.sha256(view).hexdigest() != ref.checksum:
         raise AdapterCorrupt(f"the image of adapter {ref.name} is damaged on disk: its checksum differs")
 

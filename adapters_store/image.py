@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import uuid
 from collections.abc import Iterable
@@ -159,9 +160,7 @@ def read_header(path: Path) -> ImageHeader:
     except (msgspec.MsgspecError, ValueError) as error:
         raise AdapterCorrupt(f"{path.name} is not an adapter image: {error}") from error
     if tensors.data_offset % DATA_ALIGNMENT:
-        raise AdapterCorrupt(
-            f"{path.name} is not an adapter image: its data starts at byte {tensors.data_offset}"
-        )
+        raise AdapterCorrupt(f"{path.name} is not an adapter image: its data starts at byte {tensors.data_offset}")
     for site in table.sites:
         _check_site(path.name, site, tensors)
     return ImageHeader(table, tensors.data_offset, tensors.data_bytes)
@@ -203,7 +202,7 @@ def _append(layout: _Layout, name: str, stored: str, shape: tuple[int, ...]) -> 
     """Add a tensor, and the pad that brings the next one to its boundary; returns the tensor's offset."""
     offset = layout.data_bytes
     layout.pieces.append(_Piece(name, stored, shape, offset))
-    end = offset + int(np.prod(shape)) * ITEM_BYTES[stored]
+    end = offset + math.prod(shape) * ITEM_BYTES[stored]
     pad = -end % TENSOR_ALIGNMENT
     if pad:
         layout.pieces.append(_Piece(f"pad.{len(layout.pieces)}", "U8", (pad,), end))
@@ -224,7 +223,7 @@ def _fill(layout: _Layout, sites: list[LoweredSite], stored: str) -> memoryview:
     for piece in layout.pieces:
         array = arrays.get(piece.name)
         if array is not None:
-            end = piece.offset + int(np.prod(piece.shape)) * dtype.itemsize
+            end = piece.offset + math.prod(piece.shape) * dtype.itemsize
             room = data[piece.offset : end].view(dtype).reshape(piece.shape)
             room[tuple(slice(0, extent) for extent in array.shape)] = array
     return data.data
@@ -233,7 +232,7 @@ def _fill(layout: _Layout, sites: list[LoweredSite], stored: str) -> memoryview:
 def _encode_header(layout: _Layout, table: ImageTable) -> bytes:
     entries: dict[str, object] = {"__metadata__": {TABLE_KEY: msgspec.json.encode(table).decode()}}
     for piece in layout.pieces:
-        end = piece.offset + int(np.prod(piece.shape)) * ITEM_BYTES[piece.stored]
+        end = piece.offset + math.prod(piece.shape) * ITEM_BYTES[piece.stored]
         entries[piece.name] = {
             "dtype": piece.stored,
             "shape": piece.shape,

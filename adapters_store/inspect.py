@@ -58,15 +58,11 @@ class AdapterReport:
         lines.append(f"  files         {_bytes(self.file_bytes)}")
         if self.is_served:
             size = _bytes(self.image_bytes)
-            lines.append(
-                f"  when served   {size} on disk as an image, {size} in host memory, {size} on the device"
-            )
+            lines.append(f"  when served   {size} on disk as an image, {size} in host memory, {size} on the device")
         lines += [f"  dropped       {dropped}" for dropped in self.dropped]
         lines += [f"  warning       {warning}" for warning in self.warnings]
         lines.append("  verdict       served" if self.is_served else self._refusal())
-        lines += [
-            f"    {n}. {error.message} [{error.code}]" for n, error in enumerate(self.problems, start=1)
-        ]
+        lines += [f"    {n}. {error.message} [{error.code}]" for n, error in enumerate(self.problems, start=1)]
         return "\n".join(lines)
 
     def _family(self) -> str:
@@ -91,10 +87,10 @@ def inspect_adapter(path: Path, manifest: BaseManifest, limits: Limits | None = 
         raise AdapterNotFound(f"{path} is no adapter folder: it has no adapter_config.json")
     report = AdapterReport(str(path), manifest.name_or_path)
     report.file_bytes = sum(file.size for file in noted if file.name in READ_FILES)
-    if report.file_bytes > limits.max_file_bytes:
-        report.problems.append(
-            AdapterTooLarge(f"the files have {report.file_bytes} bytes; the limit is {limits.max_file_bytes}")
-        )
+    try:
+        limits.check_files(file for file in noted if file.name in READ_FILES)
+    except AdapterTooLarge as error:
+        report.problems.append(error)
         return report
     files = _read_files(folder, noted, report)
     compiled = examine_adapter(files, manifest, limits)
@@ -111,9 +107,7 @@ def _read_files(folder: Path, noted: tuple[FileVersion, ...], report: AdapterRep
     for file in noted:
         real = Path(os.path.realpath(folder / file.name))
         if not real.is_relative_to(folder):
-            report.warnings.append(
-                f"{file.name} is a link to {real}: served only when that is below the root too"
-            )
+            report.warnings.append(f"{file.name} is a link to {real}: served only when that is below the root too")
         if file.name == PICKLE_FILE:
             files[PICKLE_FILE] = memoryview(b"")
     return files

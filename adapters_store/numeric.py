@@ -58,8 +58,15 @@ def narrow(values: F32Array, stored: str) -> Array:
         with np.errstate(over="ignore"):
             return values.astype(np.float16)
     bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)  # half of the last bit kept, less one when that bit is even
+    rounded += bits
+    rounded >>= np.uint32(16)
+    is_nan = np.isnan(values)
+    if is_nan.any():
+        rounded[is_nan] = 0x7FC0
+    return rounded.astype(np.uint16)
 
 
 def is_finite(array: Array, stored: str) -> bool:

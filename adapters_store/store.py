@@ -89,8 +89,7 @@ class AdapterStore:
             return ref
         flight = self._flights.get(key)
         if flight is None:
-            flight = self._flights[key] = _Flight(asyncio.create_task(self._compile(version)))
-            flight.task.add_done_callback(lambda _: self._flights.pop(key, None))
+            flight = self._flights[key] = self._take_off(version)
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)
@@ -98,8 +97,7 @@ class AdapterStore:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
                 flight.task.cancel()
-                if self._flights.get(key) is flight:
-                    del self._flights[key]
+                self._land(key, flight)
 
     def lease(self, ref: AdapterRef) -> None:
         """Keep an image on disk until `release`; AdapterUnavailable when it has just gone."""
@@ -125,6 +123,16 @@ class AdapterStore:
         await asyncio.gather(*flights, return_exceptions=True)
         await self.worker.close()
         self.disk.close()
+
+    def _take_off(self, version: SourceVersion) -> _Flight:
+        flight = _Flight(asyncio.create_task(self._compile(version)))
+        flight.task.add_done_callback(lambda _: self._land(version.key, flight))
+        return flight
+
+    def _land(self, key: str, flight: _Flight) -> None:
+        """Take a flight off the books; one that was given up may have a successor under its key by then."""
+        if self._flights.get(key) is flight:
+            del self._flights[key]
 
     async def _compile(self, version: SourceVersion) -> AdapterRef:
         started = time.perf_counter()

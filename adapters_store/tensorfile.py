@@ -74,9 +74,7 @@ def header_length(file: str, prefix: bytes, file_bytes: int) -> int:
             f"{file} is no safetensors file: its header would take {length} bytes (limit {MAX_HEADER_BYTES})"
         )
     if LENGTH_BYTES + length > file_bytes:
-        raise AdapterCorrupt(
-            f"{file} is truncated: the header takes {length} bytes, the file has {file_bytes}"
-        )
+        raise AdapterCorrupt(f"{file} is truncated: the header takes {length} bytes, the file has {file_bytes}")
     return length
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from operator import itemgetter
 from pathlib import Path
 
 import msgspec
@@ -44,13 +45,8 @@ def read_vocabulary(content: bytes | memoryview, file: str = TOKENIZER_FILE) -> 
 
 
 def digest_vocabulary(tokens: set[tuple[str, int]]) -> str:
-    """sha256 over the (token, id) pairs, by id and token."""
-    hasher = hashlib.sha256()
-    for token, number in sorted(tokens, key=lambda pair: (pair[1], pair[0])):
-        text = token.encode("utf-8", "surrogatepass")
-        hasher.update(b"%d %d " % (number, len(text)))
-        hasher.update(text)
-    return hasher.hexdigest()
+    """sha256 over the (token, id) pairs as JSON, by id and token."""
+    return hashlib.sha256(msgspec.json.encode(sorted(tokens, key=itemgetter(1, 0)))).hexdigest()
 
 
 def vocabulary_digest(tokenizer_json: Path) -> str:

@@ -185,9 +185,7 @@ def _run(frame: bytes, manifest: BaseManifest, base: BaseWeights) -> JobDone | J
     except AdapterError as error:
         return JobFailed(error.code, error.message)
     except (OSError, MemoryError) as error:
-        return JobFailed(
-            AdapterUnavailable.code, f"adapter {job.version.name} can't be compiled now: {error!r}"
-        )
+        return JobFailed(AdapterUnavailable.code, f"adapter {job.version.name} can't be compiled now: {error!r}")
     except Exception as error:  # the process boundary: a fault of ours costs one adapter, not the compiler
         logging.getLogger(__name__).exception("compiling adapter %s", job.version.name)
         return JobFailed(AdapterError.code, f"compiling adapter {job.version.name} failed: {error!r}")

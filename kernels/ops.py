@@ -144,8 +144,8 @@ def write_kv(
 
     k, v             [rows, kv_heads, head_dim], any strides, the caches' dtype
     k_cache, v_cache [blocks, block_size, kv_heads, head_dim], contiguous
-    slot_mapping     int64 [rows], block * block_size + offset, all different, never in block 0: that is
-                     the dummy block, which stays zeros
+    slot_mapping     int64 [rows], block * block_size + offset, all different; rows that belong to nobody
+                     (padding of a captured graph) go to block 0, the dummy block, in any order
 
     Raises ValueError for shapes or dtypes that don't fit.
     """
@@ -174,14 +174,15 @@ def paged_attention(
     """Causal attention of every row over its own request's cached keys, the row's own included.
 
     q                [rows, heads, head_dim], any strides; query head h reads KV head h * kv_heads // heads
-    k_cache, v_cache [blocks, block_size, kv_heads, head_dim], contiguous, q's dtype; block 0 is zeros
+    k_cache, v_cache [blocks, block_size, kv_heads, head_dim], contiguous, q's dtype
     sliding_window   a row at position p sees keys in (p - window, p]; None: in [0, p]
     softcap          scores become softcap * tanh(scores / softcap)
     sinks            [heads]: one more logit in each softmax, whose probability goes to no value
 
     Returns a contiguous [rows, heads, head_dim] in q's dtype; rows of no request are zeros. The softmax is
-    fp32. What lies in the cache beyond a request's context, or in blocks that are not its own, may be NaN
-    and influences nothing. Raises ValueError for shapes or dtypes that don't fit.
+    fp32. What lies in the cache beyond a request's context, before a row's window, or in blocks that are not
+    its own (the dummy block 0 too), may be NaN and influences nothing. Raises ValueError for shapes or
+    dtypes that don't fit.
     """
     if q.ndim != 3 or q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
         raise ValueError(f"q {tuple(q.shape)} does not fit a cache {tuple(k_cache.shape)}")

@@ -49,9 +49,7 @@ def running_server(
     ]  # fmt: skip
     started = time.monotonic()
     output = log.open("wb") if log else subprocess.DEVNULL
-    process = subprocess.Popen(
-        command, stdout=output, stderr=subprocess.STDOUT if log else subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT if log else subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_healthy(process, url)

@@ -20,9 +20,7 @@ def measure_steps(workload: Workload, folder: Path) -> dict[str, object]:
     from server.config import EngineConfig
     from server.offline import LLM
 
-    config = EngineConfig(
-        model=str(workload.model), cache_dir=str(folder / "cache"), enable_prefix_cache=False
-    )
+    config = EngineConfig(model=str(workload.model), cache_dir=str(folder / "cache"), enable_prefix_cache=False)
     adapters = folder / "adapters"
     adapters.mkdir()
     llm = LLM(config, adapters=adapters)

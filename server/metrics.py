@@ -60,9 +60,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, model_name: str, facts: EngineFacts) -> None:
         self._registry = registry
         self._labels = (model_name, _ENGINE)
-        prompt = Counter(
-            "vllm:prompt_tokens", "Prompt tokens of requests that started.", _LABELS, registry=registry
-        )
+        prompt = Counter("vllm:prompt_tokens", "Prompt tokens of requests that started.", _LABELS, registry=registry)
         generated = Counter("vllm:generation_tokens", "Tokens generated.", _LABELS, registry=registry)
         ttft = Histogram(
             "vllm:time_to_first_token_seconds",

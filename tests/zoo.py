@@ -160,9 +160,7 @@ def load_oracle_base(path: Path, dtype: torch.dtype = torch.float32) -> PreTrain
     return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, attn_implementation="eager").eval()
 
 
-def random_prompts(
-    count: int, vocab_size: int, *, seed: int, lengths: tuple[int, int] = (3, 40)
-) -> list[list[int]]:
+def random_prompts(count: int, vocab_size: int, *, seed: int, lengths: tuple[int, int] = (3, 40)) -> list[list[int]]:
     """`count` prompts of random token ids (special ids below 3 left out)."""
     source = random.Random(seed)
     return [[source.randrange(3, vocab_size) for _ in range(source.randint(*lengths))] for _ in range(count)]

@@ -54,9 +54,7 @@ class BaseWeights:
             entry = self._headers[location.file].entry(location.key)
             numpy_dtype(entry.dtype)
         except (OSError, AdapterCorrupt, KeyError) as error:
-            raise AdapterUnavailable(
-                f"the base's own weight {location.key} can't be read: {error}"
-            ) from error
+            raise AdapterUnavailable(f"the base's own weight {location.key} can't be read: {error}") from error
         return entry
 
     def _read(self, location: TensorLocation, entry: TensorEntry, first: int, count: int) -> Array:
@@ -66,7 +64,5 @@ class BaseWeights:
         with Path(location.file).open("rb", buffering=0) as file:
             raw = os.pread(file.fileno(), count * size, offset)
         if len(raw) != count * size:
-            raise AdapterUnavailable(
-                f"the base's own weight {location.key} can't be read: its file is too short"
-            )
+            raise AdapterUnavailable(f"the base's own weight {location.key} can't be read: its file is too short")
         return np.frombuffer(raw, dtype=numpy_dtype(entry.dtype))

@@ -15,7 +15,6 @@ from adapters_store.errors import (
     AdapterCorrupt,
     AdapterInvalid,
     AdapterNotFound,
-    AdapterTooLarge,
     AdapterUnavailable,
 )
 from adapters_store.image import ImageHeader, read_header, write_image
@@ -77,9 +76,7 @@ def run_job(job: CompileJob, manifest: BaseManifest, base: BaseWeights) -> Compi
             raise
         ref = _ref_of(fetched, header, path)
         return CompileResult(ref, is_new, fetch_s, time.perf_counter() - started - fetch_s)
-    raise AdapterUnavailable(
-        f"the files of adapter {job.version.name} keep changing while they are read; try again"
-    )
+    raise AdapterUnavailable(f"the files of adapter {job.version.name} keep changing while they are read; try again")
 
 
 def _fetch_once(source: LocalSource, job: CompileJob) -> _Fetched:
@@ -87,13 +84,9 @@ def _fetch_once(source: LocalSource, job: CompileJob) -> _Fetched:
     version = source.resolve(job.version.name)
     if version is None:
         raise AdapterNotFound(f"The model {job.version.name!r} does not exist (any more).")
-    total = sum(file.size for file in version.files if file.name in READ_FILES)
-    if total > job.limits.max_file_bytes:
-        raise AdapterTooLarge(
-            f"the files of adapter {job.version.name} have {total} bytes; this server's limit is "
-            f"{job.limits.max_file_bytes}"
-        )
-    files = {file.name: source.read(version, file) for file in version.files if file.name in READ_FILES}
+    read = [file for file in version.files if file.name in READ_FILES]
+    job.limits.check_files(read)
+    files = {file.name: source.read(version, file) for file in read}
     if source.resolve(job.version.name) != version:
         raise FileChanged(job.version.name)
     digest = digest_of({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})

@@ -82,9 +82,7 @@ class LR:
         a, b = self._factors(embedding, "embedding_A", "embedding_B")
         rank = a.shape[0]
         scale = self._scale(head, rank)
-        return LoweredSite(
-            head, rank, self._cast(b.T, "lora_embedding_B"), self._cast(a.T * scale, "lora_embedding_A")
-        )
+        return LoweredSite(head, rank, self._cast(b.T, "lora_embedding_B"), self._cast(a.T * scale, "lora_embedding_A"))
 
     def is_tied(self, head: SiteTensors, embedding: SiteTensors) -> bool:
         """Whether the head's own factors are the embedding's, transposed."""
@@ -123,9 +121,7 @@ class LR:
 
     def _check_rank(self, site: Site, name: str, rank: int) -> None:
         if rank == 0:
-            raise AdapterInvalid(
-                f"tensor {shown(name)} is empty: the shards of a ZeRO-3 run were not gathered"
-            )
+            raise AdapterInvalid(f"tensor {shown(name)} is empty: the shards of a ZeRO-3 run were not gathered")
         if rank > self._limits.max_rank:
             raise AdapterTooLarge(
                 f"tensor {shown(name)} has rank {rank}; this server's limit is {self._limits.max_rank}"
@@ -149,9 +145,7 @@ class LR:
                 )
             terms.append(self._vector(found, "B.bias") * self._scale(found.site, rank))
         elif self._options.lora_bias and "B" in found.names:
-            raise AdapterInvalid(
-                f"{CONFIG_FILE} has lora_bias, but {shown(found.names['B'])} has no bias beside it"
-            )
+            raise AdapterInvalid(f"{CONFIG_FILE} has lora_bias, but {shown(found.names['B'])} has no bias beside it")
         if "bias" in found.names:
             served = self._base_bias(found)
             terms.append(self._vector(found, "bias") - served)

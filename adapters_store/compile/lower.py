@@ -85,9 +85,7 @@ def _examine(
     compiled.config = read_config(files[CONFIG_FILE])
     compiled.family = family_of(compiled.config)
     if compiled.family != "LORA":
-        raise AdapterUnsupported(
-            f"{CONFIG_FILE}: peft_type {shown(compiled.family)} is not served yet; LORA is"
-        )
+        raise AdapterUnsupported(f"{CONFIG_FILE}: peft_type {shown(compiled.family)} is not served yet; LORA is")
     options = compiled.options = parse_config(compiled.config, compiled.problems)
     check_vocabulary(files, manifest, compiled.problems, compiled.warnings)
     _check_base_name(options, manifest, compiled.warnings)
@@ -103,13 +101,8 @@ def _examine(
 
 def _check_base_name(options: LoraOptions, manifest: BaseManifest, warnings: list[str]) -> None:
     theirs, ours = options.base_model_name_or_path or "", manifest.name_or_path
-    if (
-        theirs
-        and theirs.rstrip("/").rpartition("/")[2].lower() != ours.rstrip("/").rpartition("/")[2].lower()
-    ):
-        warnings.append(
-            f"the adapter was trained on {shown(theirs)}, the base is {shown(ours)}; the shapes match"
-        )
+    if theirs and theirs.rstrip("/").rpartition("/")[2].lower() != ours.rstrip("/").rpartition("/")[2].lower():
+        warnings.append(f"the adapter was trained on {shown(theirs)}, the base is {shown(ours)}; the shapes match")
 
 
 def _open_weights(files: dict[str, memoryview]) -> TensorFile:
@@ -167,9 +160,7 @@ class _Grouping:
             return
         parsed = parse_name(name)
         if parsed is None:
-            raise AdapterInvalid(
-                f"tensor {shown(name)} is none that a LoRA adapter has: nothing would use it"
-            )
+            raise AdapterInvalid(f"tensor {shown(name)} is none that a LoRA adapter has: nothing would use it")
         if parsed.adapter is not None:
             self._adapters.add(parsed.adapter)
         site = self._matcher.site(parsed.module)
@@ -180,9 +171,7 @@ class _Grouping:
             return
         names = self._found.setdefault(site.name, SiteTensors(site)).names
         if parsed.role in names:
-            raise AdapterInvalid(
-                f"tensors {shown(names[parsed.role])} and {shown(name)} are both for {site.module}"
-            )
+            raise AdapterInvalid(f"tensors {shown(names[parsed.role])} and {shown(name)} are both for {site.module}")
         names[parsed.role] = name
 
     def _no_site(self, name: str, module: str, role: str) -> AdapterError:
@@ -198,18 +187,14 @@ class _Grouping:
         """A copy of a base layer, as beside an embedding LoRA: dropped when equal, else a modules_to_save."""
         location = site.weight
         if location is None and site.kind == "head" and self._manifest.is_tied:
-            location = next(
-                (other.weight for other in self._manifest.sites if other.kind == "embedding"), None
-            )
+            location = next((other.weight for other in self._manifest.sites if other.kind == "embedding"), None)
         if location is None:
             raise AdapterUnsupported(
                 f"tensor {shown(name)} is a copy of a base layer that is in no file to compare it with"
             )
         copy, ours = self._tensors.array(name), self._base.shape(location)
         if copy.shape != ours:
-            raise AdapterMismatch(
-                f"tensor {shown(name)} has shape {list(copy.shape)}; the base's has {list(ours)}"
-            )
+            raise AdapterMismatch(f"tensor {shown(name)} has shape {list(copy.shape)}; the base's has {list(ours)}")
         if not self._base.equals(location, copy, self._tensors.header.entry(name).dtype):
             raise AdapterUnsupported(
                 f"tensor {shown(name)} is a copy of {site.module} with other values than the base's "
@@ -240,14 +225,10 @@ def _lower_sites(
             compiled.problems.append(error)
 
 
-def _tie_head(
-    compiled: CompiledAdapter, found: dict[str, SiteTensors], lowering: LR, manifest: BaseManifest
-) -> None:
+def _tie_head(compiled: CompiledAdapter, found: dict[str, SiteTensors], lowering: LR, manifest: BaseManifest) -> None:
     """ensure_weight_tying: the head's delta is the embedding's transposed, saved beside it or not."""
     head = next((site for site in manifest.sites if site.kind == "head"), None)
-    embedding = next(
-        (found[s.name] for s in manifest.sites if s.kind == "embedding" and s.name in found), None
-    )
+    embedding = next((found[s.name] for s in manifest.sites if s.kind == "embedding" and s.name in found), None)
     if head is None or embedding is None or not _has_lora(embedding):
         return
     if head.name not in found or not _has_lora(found[head.name]):
@@ -266,8 +247,6 @@ def _check_whole(compiled: CompiledAdapter, limits: Limits, manifest: BaseManife
     size = image_data_bytes(compiled.sites, manifest)
     if limits.max_image_bytes is not None and size > limits.max_image_bytes:
         compiled.problems.append(
-            AdapterTooLarge(
-                f"the adapter takes {size} bytes; this server's limit is {limits.max_image_bytes}"
-            )
+            AdapterTooLarge(f"the adapter takes {size} bytes; this server's limit is {limits.max_image_bytes}")
         )
     del compiled.problems[MAX_PROBLEMS:]

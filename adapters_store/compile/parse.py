@@ -145,9 +145,7 @@ def _check_fields(config: Mapping[str, Any], problems: Problems) -> None:
             problems.append(AdapterUnsupported(f"{CONFIG_FILE}: {name} is set, and {REFUSED[name]}"))
         else:
             problems.append(
-                AdapterUnsupported(
-                    f"{CONFIG_FILE}: {shown(name)} is set, an option this server does not know"
-                )
+                AdapterUnsupported(f"{CONFIG_FILE}: {shown(name)} is set, an option this server does not know")
             )
 
 
@@ -171,14 +169,11 @@ def _check_values(options: LoraOptions, problems: Problems) -> None:
             problems.append(AdapterInvalid(f"{CONFIG_FILE}: {where} is {alpha}"))
     _check_patterns(options, problems)
     if options.bias not in ("none", "all", "lora_only"):
-        problems.append(
-            AdapterInvalid(f"{CONFIG_FILE}: bias is {shown(options.bias)}; known: none, all, lora_only")
-        )
+        problems.append(AdapterInvalid(f"{CONFIG_FILE}: bias is {shown(options.bias)}; known: none, all, lora_only"))
     if options.task_type not in TASKS:
         problems.append(
             AdapterUnsupported(
-                f"{CONFIG_FILE}: task_type is {shown(str(options.task_type))}; "
-                "only causal language models are served"
+                f"{CONFIG_FILE}: task_type is {shown(str(options.task_type))}; only causal language models are served"
             )
         )
 
@@ -192,9 +187,7 @@ def _check_patterns(options: LoraOptions, problems: Problems) -> None:
             texts.append((name, value, value))
     for name, text, pattern in texts:
         if compile_pattern(pattern) is None:
-            problems.append(
-                AdapterInvalid(f"{CONFIG_FILE}: {name} has {shown(text)}, which is no regular expression")
-            )
+            problems.append(AdapterInvalid(f"{CONFIG_FILE}: {name} has {shown(text)}, which is no regular expression"))
 
 
 def _check_init(options: LoraOptions, problems: Problems) -> None:
@@ -211,9 +204,7 @@ def _check_init(options: LoraOptions, problems: Problems) -> None:
         )
     else:
         problems.append(
-            AdapterUnsupported(
-                f"{CONFIG_FILE}: init_lora_weights is {shown(init)}, which this server does not know"
-            )
+            AdapterUnsupported(f"{CONFIG_FILE}: init_lora_weights is {shown(init)}, which this server does not know")
         )
 
 
@@ -228,7 +219,7 @@ def _first_match(patterns: Mapping[str, object], module: str) -> str | None:
 
 def suffix_pattern(key: str) -> str:
     """The regular expression of a rank_pattern or alpha_pattern key."""
-    return rf"(?:{key})$"
+    return rf"(?:.*\.)?(?:{key})$"
 
 
 @lru_cache(maxsize=4096)

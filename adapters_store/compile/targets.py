@@ -40,9 +40,7 @@ def check_targets(
             f"and stay as in the base (first: {missing[0]})"
         )
     expected_names = {site.name for site in expected}
-    extra = [
-        site.module for site in manifest.sites if site.name in adapted and site.name not in expected_names
-    ]
+    extra = [site.module for site in manifest.sites if site.name in adapted and site.name not in expected_names]
     if targets and extra and not options.ensure_weight_tying:
         warnings.append(
             f"{len(extra)} modules have tensors but are not named by target_modules; they are served "
@@ -79,9 +77,7 @@ def _check_listed(
     wanted = [site for site in named if is_target(options, site)]
     if wanted and not any(site.name in adapted for site in wanted):
         problems.append(
-            AdapterInvalid(
-                f"{CONFIG_FILE}: target_modules lists {shown(target)}, but no tensor of the file is for it"
-            )
+            AdapterInvalid(f"{CONFIG_FILE}: target_modules lists {shown(target)}, but no tensor of the file is for it")
         )
 
 

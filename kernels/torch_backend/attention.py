@@ -1,6 +1,6 @@
 """Attention over the paged cache in plain torch.
 
-    decode rows   one product per group of similar context lengths; shorter ones are padded with the dummy block
+    decode rows   one product per group of similar context lengths; shorter ones repeat their last position
     prefill       one request at a time, in tiles of query rows
 
 Both gather the visible positions through token indices that are made once per step and window, so a
@@ -32,7 +32,7 @@ class DecodeGroup:
     """Decode rows that attend together."""
 
     rows: torch.Tensor  # int64 [n]
-    index: torch.Tensor  # int64 [n * longest]: flat KV position; 0, in the dummy block, where there is none
+    index: torch.Tensor  # int64 [n * longest]: flat KV positions, all of the row's own and visible to it
     mask: torch.Tensor  # [n, 1, 1, longest] in q's dtype: 0 or -inf
 
 
@@ -155,8 +155,8 @@ def _decode_group(
     longest = int((contexts[rows] - starts[rows]).max())
     positions = starts[rows, None] + np.arange(longest)  # [n, longest]
     visible = positions < contexts[rows, None]
-    index = _flat_positions(meta.block_tables[rows], np.where(visible, positions, 0), meta.block_size)
-    index = torch.from_numpy(np.where(visible, index, 0)).flatten()
+    own = np.minimum(positions, contexts[rows, None] - 1)  # padding repeats the row's own last position
+    index = torch.from_numpy(_flat_positions(meta.block_tables[rows], own, meta.block_size)).flatten()
     return DecodeGroup(torch.from_numpy(rows).to(q.device), index.to(q.device), _mask(visible, q)[:, None, None])
 
 

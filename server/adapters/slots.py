@@ -12,6 +12,7 @@ a region that is freed, moved or loaded into here.
 from __future__ import annotations
 
 import enum
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -109,10 +110,13 @@ class AdapterSlots:
         self._by_slot: dict[int, _Image] = {}
         self._loading: dict[str, _Image] = {}  # in order of start
         self._idle: dict[str, _Image] = {}  # READY, no refs, not dropped; least recently used first
-        self._idle_bytes = 0
         # first in, first out: a freed id comes back last, so a stale one meets an absent slot
         self._free_slots = deque(range(1, max_slots))
         self._unmet_until = 0.0  # no prefetch before: an acquire was answered FULL
+        # Every waiting request asks in every step, so "no" is remembered until something frees room: no
+        # region of this many bytes or more before that time.
+        self._full_bytes = 0
+        self._full_until = 0.0
         self.loads = 0
         self.evictions = 0
         self.moved_bytes = 0
@@ -232,7 +236,6 @@ class AdapterSlots:
         assert self._loading == {i.ref.image_key: i for i in images if i.load is not None}
         idle = {i.ref.image_key: i for i in images if i.load is None and i.refs == 0}
         assert self._idle == idle, "an image without refs is not idle, or one with refs is"
-        assert self._idle_bytes == sum(image.nbytes for image in idle.values())
         for key, image in self._images.items():
             assert key == image.ref.image_key and image.nbytes == region_bytes(image.ref.data_bytes)
             assert image.refs >= 0 and (image.load is None or image.refs == 0)
@@ -266,11 +269,10 @@ class AdapterSlots:
 
     def _become_idle(self, image: _Image) -> None:
         self._idle[image.ref.image_key] = image  # the most recently used comes last
-        self._idle_bytes += image.nbytes
+        self._full_until = 0.0
 
     def _leave_idle(self, image: _Image) -> None:
         if self._idle.pop(image.ref.image_key, None) is not None:
-            self._idle_bytes -= image.nbytes
             image.pinned_until = 0.0
 
     def _forget(self, image: _Image) -> None:
@@ -281,6 +283,7 @@ class AdapterSlots:
         self._regions.free(image.offset)
         del self._images[image.ref.image_key], self._by_slot[image.slot]
         self._free_slots.append(image.slot)
+        self._full_until = 0.0
 
     def _evict(self, image: _Image) -> None:
         self._forget(image)
@@ -311,24 +314,20 @@ class AdapterSlots:
 
         Moves before it evicts, evicts the least recently used first, and no more than it must.
         """
+        if now < self._full_until and nbytes >= self._full_bytes:
+            return None
         if self._free_slots and (offset := self._regions.find(nbytes)) is not None:
             return offset
         gap = self._choose_gap(nbytes, now)
-        if gap is None:
+        coldest = next(self._evictable(now), None)
+        if gap is None or not (self._free_slots or coldest):
+            pins = (image.pinned_until for image in self._idle.values() if image.pinned_until > now)
+            self._full_bytes, self._full_until = nbytes, min(pins, default=math.inf)
             return None
-        if not self._free_slots and not gap.victims:
-            coldest = next(self._evictable(now), None)
-            if coldest is None:
-                return None
+        if coldest is not None and not self._free_slots and not gap.victims:
             self._evict(coldest)
             return self._make_room(nbytes, now)
-        for image in gap.victims:
-            gap.idle.remove(image)
-            elsewhere = self._find_outside(gap, image.nbytes) if self._free_slots else None
-            if elsewhere is None:
-                self._evict(image)
-            else:
-                self._move(image, elsewhere)
+        self._empty(gap)
         return self._close_up(gap, nbytes)
 
     def _evictable(self, now: float) -> Iterator[_Image]:
@@ -336,8 +335,6 @@ class AdapterSlots:
 
     def _choose_gap(self, nbytes: int, now: float) -> _Gap | None:
         """The gap that first comes to `nbytes` free bytes as idle images go in LRU order, its victims set."""
-        if self._regions.capacity - self._regions.used_bytes + self._idle_bytes < nbytes:
-            return None  # the usual way to be full, asked in each step by each waiting request: stay cheap
         gaps = self._gaps()
         chosen = next((gap for gap in gaps if gap.free >= nbytes), None)
         gap_of = {image.slot: gap for gap in gaps for image in gap.idle}
@@ -370,6 +367,16 @@ class AdapterSlots:
         for gap in gaps:
             gap.free = gap.high - gap.low - sum(image.nbytes for image in gap.idle)
         return gaps
+
+    def _empty(self, gap: _Gap) -> None:
+        """Rid the gap of its victims: to a free place elsewhere if there is one, else for good."""
+        for image in gap.victims:
+            gap.idle.remove(image)
+            elsewhere = self._find_outside(gap, image.nbytes) if self._free_slots else None
+            if elsewhere is None:
+                self._evict(image)
+            else:
+                self._move(image, elsewhere)
 
     def _find_outside(self, gap: _Gap, nbytes: int) -> int | None:
         below = self._regions.find(nbytes, 0, gap.low)

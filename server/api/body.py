@@ -46,10 +46,8 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 def _parse(body: bytes) -> Any:
     try:
         return json.loads(body, parse_constant=_refuse_constant)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # bad syntax, bad UTF-8, a number of 5,000 digits, deep nesting
+    # ValueError: bad syntax, bad UTF-8, a number of 5,000 digits
+    except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise BadRequest(f"The body is not valid JSON: {reason}", code="invalid_json") from None
 

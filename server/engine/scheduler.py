@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from adapters_store.errors import AdapterTooLarge
 from adapters_store.ref import AdapterRef
 from server.adapters.slots import Acquire
-from server.engine.batch import ScheduledRequest, StepPlan, row_order
+from server.engine.batch import ScheduledRequest, StepPlan
 from server.engine.blocks import BlockPool
 from server.engine.drain import Drain
 from server.engine.limits import SchedulerLimits
@@ -38,8 +38,6 @@ from server.engine.messages import RequestError, RequestOutput, StepStats
 from server.engine.queues import AdapterQueue, WaitingQueues
 from server.engine.request import FinishReason, Request, RequestState
 from server.engine.running import RunningSet, Slots
-
-__all__ = ["Scheduler", "SchedulerLimits"]
 
 
 @dataclass(slots=True)
@@ -181,9 +179,7 @@ class Scheduler:
         chosen = self._choose_adapters(ready)
         draft = _Draft(now, self.limits.max_step_tokens, chosen)
         self._schedule_running(draft, [r for r in ready if r.adapter is None or r.adapter_key in chosen])
-        if not draft.plan.num_preempted:  # what was preempted would be the first to come back
-            self._admit(draft)
-        draft.plan.items.sort(key=row_order)
+        self._admit(draft)
         draft.plan.ended, self._ended = self._ended, []
         return draft.plan
 

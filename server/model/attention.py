@@ -88,9 +88,7 @@ def paged_attention_forward(
     """
     problems = refusals(module, attention_mask, dropout, kwargs)
     if problems:
-        raise RuntimeError(
-            f"{type(module).__name__} asks for attention that is not served: {'; '.join(problems)}"
-        )
+        raise RuntimeError(f"{type(module).__name__} asks for attention that is not served: {'; '.join(problems)}")
     metadata = step.step.attention
     assert metadata is not None, "the runner sets the attention metadata before the forward pass"
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [rows, heads, head_dim]

@@ -36,9 +36,7 @@ HEAD_SITE = "lm_head"
 _HASHES_NAME = "base-hashes.json"
 
 
-def build_manifest(
-    model_path: str | Path, dtype: str = "auto", cache_dir: str | Path | None = None
-) -> BaseManifest:
+def build_manifest(model_path: str | Path, dtype: str = "auto", cache_dir: str | Path | None = None) -> BaseManifest:
     """What the compiler and `inspect` know of the base at `model_path`, which runs in `dtype`.
 
     Reads config.json, the headers of the safetensors, and their bytes once for the digest; with a

@@ -123,7 +123,5 @@ def _refusals_of_config(config: PreTrainedConfig) -> list[str]:
         reasons.append(f"its last {config.num_kv_shared_layers} layers share the KV of others")
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not getattr(model_class, "_supports_attention_backend", False):
-        reasons.append(
-            f"{model_class.__name__} does not call attention through transformers' AttentionInterface"
-        )
+        reasons.append(f"{model_class.__name__} does not call attention through transformers' AttentionInterface")
     return reasons

@@ -65,9 +65,7 @@ def _by_group(sites: Iterable[Site]) -> list[Site]:
     return sorted(sites, key=lambda site: (site.group, site.slice))
 
 
-def _adapt_group(
-    model: nn.Module, sites: list[Site], rows: dict[str, int], step: StepState
-) -> list[Replacement]:
+def _adapt_group(model: nn.Module, sites: list[Site], rows: dict[str, int], step: StepState) -> list[Replacement]:
     """Replace the modules of one group: an embedding, one projection, or several packed into one."""
     bases = [model.get_submodule(site.module) for site in sites]
     first = sites[0]

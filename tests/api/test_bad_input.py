@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import typing
 
@@ -255,6 +256,16 @@ async def test_a_body_that_is_too_large(guarded, is_chunked):
         response = await http.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
+
+
+async def test_a_body_that_says_it_is_too_large_is_not_waited_for(guarded):
+    host, port = guarded.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer s3cret\r\n"
+    writer.write(f"{head}content-type: application/json\r\ncontent-length: 20001\r\n\r\n".encode())
+    status = await asyncio.wait_for(reader.readline(), 5)
+    assert b" 413 " in status
+    writer.close()
 
 
 async def test_the_words_for_an_overlong_prompt(served):

@@ -199,7 +199,9 @@ class World:
             elif answer.finish_reason == "abort":
                 self.counts.aborted += 1
             else:
-                assert answer.error is not None and answer.error.code in ("adapter_unavailable", "model_not_found"), answer
+                assert answer.error is not None and answer.error.code in ("adapter_unavailable", "model_not_found"), (
+                    answer
+                )
                 self.counts.failed += 1
             if not is_right:
                 self.counts.wrong += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from server.config import available_cpus
 from server.demo import ensure_demo_base
 from server.engine.messages import SamplingParams
 from tests.driver import Driver
@@ -24,9 +25,11 @@ BASES = {
 def world(request, tmp_path_factory):
     """A base, a zoo of 32 adapters for it, prompts, and what the oracle answers to each."""
     root = tmp_path_factory.mktemp(request.param)
+    is_demo = request.param == "demo"
+    threads = available_cpus() if is_demo else 1  # tiny matrices: a second thread only waits for the first
+    torch.set_num_threads(threads)
     base_path = BASES[request.param](root / "base")
     oracle = load_oracle_base(base_path)
-    is_demo = request.param == "demo"
     zoo = make_zoo(oracle, root / "adapters", NUM_ADAPTERS, scale=0.5 if is_demo else 1.0)
     num_tokens = 8 if is_demo else 16
     prompts = random_prompts(NUM_ADAPTERS + NUM_BASE_ROWS, oracle.config.vocab_size, seed=5, lengths=(5, 30))
@@ -37,7 +40,7 @@ def world(request, tmp_path_factory):
             expected.append(greedy_tokens(model, prompt, num_tokens))
     base_answers = [greedy_tokens(oracle, prompt, num_tokens) for prompt in prompts[:NUM_ADAPTERS]]
     del oracle
-    driver = Driver(base_path, root / "adapters", root / "cache", dtype="float32", max_num_seqs=64)
+    driver = Driver(base_path, root / "adapters", root / "cache", dtype="float32", threads=threads)
     names = [adapter.name if adapter else None for adapter in adapters]
     yield driver, names, prompts, expected, base_answers, num_tokens
     driver.close()
@@ -66,7 +69,7 @@ def test_alone_equals_co_batched(world):
 
 
 def test_base_rows_are_bit_equal_to_the_same_batch_without_adapters(world):
-    driver, names, prompts, _, _, num_tokens = world
+    driver, names, prompts, *_ = world
     with_adapters, without, is_base = driver.logits_with_and_without_adapters(prompts, names)
     assert is_base.sum() == NUM_BASE_ROWS
     assert torch.equal(with_adapters[is_base], without[is_base])

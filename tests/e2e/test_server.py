@@ -159,7 +159,7 @@ def test_a_bad_adapter_is_refused_by_name_and_others_go_on(server, client, damag
         client.completions.create(model="bad", prompt="x", max_tokens=1, stream=True)
     assert caught.value.status_code == 422
     assert named in caught.value.message
-    assert [chunk for chunk in other][-1].choices[0].finish_reason in ("length", "stop")
+    assert list(other)[-1].choices[0].finish_reason in ("length", "stop")
     shutil.rmtree(folder)
 
 

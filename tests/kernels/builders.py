@@ -160,7 +160,7 @@ class LoraCase:
             if site.bias is not None:
                 summed[rows, columns] += abs(weight) * site.bias.abs()
         u, u32 = torch.finfo(self.y.dtype).eps / 2, torch.finfo(torch.float32).eps / 2
-        terms = self.group.in_features + 512
+        terms = 4 * (self.group.in_features + 512) ** 0.5  # of a sum over K, then over the rank
         tiny = torch.finfo(self.y.dtype).tiny * u * 4  # gradual underflow of v and y (fp16)
         return 1.01 * u * exact + 4 * u * rounded * rounds_v + terms * u32 * (summed + exact) + tiny
 
@@ -334,7 +334,7 @@ def attention_case(
     has_sinks: bool = False,
     seed: int = 0,
 ) -> AttentionCase:
-    """heads: query heads, KV heads, head_dim. Every cache position outside the contexts is NaN but block 0's."""
+    """heads: query heads, KV heads, head_dim. Every cache position outside the contexts is NaN, block 0's too."""
     decodes, chunks = CONTEXTS[contexts]
     lengths = decodes + [context for context, _ in chunks]
     counts = [1] * len(decodes) + [rows for _, rows in chunks]
@@ -345,7 +345,6 @@ def attention_case(
     tables = np.zeros((len(lengths), max(num_blocks) + 1), dtype=np.int32)
     shape = (len(order) + 1, block_size, kv_heads, head_dim)
     k_cache, v_cache = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
-    k_cache[0] = v_cache[0] = 0
     keys, values, mapping = [], [], []
     for i, length in enumerate(lengths):
         tables[i, : num_blocks[i]] = [order.pop() for _ in range(num_blocks[i])]

@@ -179,3 +179,15 @@ def test_write_kv_dispatch_refuses_what_does_not_fit():
         call = {"k": k, "v": k, "k_cache": cache, "v_cache": cache, "slot_mapping": slots}
         with pytest.raises(ValueError, match="k"):
             ops.write_kv(**call | change)
+
+
+def test_nan_before_a_window_is_not_seen(backend):
+    """Blocks that a window has left behind may be somebody else's by now."""
+    case = attention_case("ragged", torch.float32, window=20)
+    clean = run(backend, case)
+    for i, context in enumerate(case.meta.context_lens):
+        rows = case.meta.query_starts[i + 1] - case.meta.query_starts[i]
+        for position in range(max(0, context - rows - 20 + 1)):
+            block = int(case.meta.block_tables[i, position // 16])
+            case.k_cache[block, position % 16] = case.v_cache[block, position % 16] = torch.nan
+    assert same_bits(run(backend, case), clean)

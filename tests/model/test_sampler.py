@@ -101,6 +101,12 @@ def test_a_row_that_is_not_finite_fails_alone(temperature: float, bad: float, pe
     assert Sampler([EOS]).sample(torch.full((1, 50), -math.inf), requests[:1]).tolist() == [NOT_FINITE]
 
 
+def test_masking_does_not_hide_a_broken_row() -> None:
+    logits = random_logits(1, 50)
+    logits[0, EOS] = math.nan
+    assert Sampler([EOS]).sample(logits, [make_request(temperature=0.0, min_tokens=5)]).item() == NOT_FINITE
+
+
 # --- distributions --------------------------------------------------------------------------------------
 
 

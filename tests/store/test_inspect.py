@@ -84,7 +84,12 @@ def test_a_pickle(base, plain_adapter, tmp_path):
 
 
 def test_limits(base, plain_adapter):
-    for limits in (Limits(max_file_bytes=100), Limits(max_rank=2), Limits(max_image_bytes=100)):
+    for limits in (
+        Limits(max_file_bytes=100),
+        Limits(max_json_bytes=9),
+        Limits(max_rank=2),
+        Limits(max_image_bytes=100),
+    ):
         assert isinstance(inspect_adapter(plain_adapter, base.manifest, limits).problems[0], AdapterTooLarge)
 
 

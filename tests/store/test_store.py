@@ -17,11 +17,12 @@ import msgspec
 import psutil
 import pytest
 import pytest_asyncio
+import uvloop
 from safetensors.torch import load_file, save_file
 
 from adapters_store.catalog import Catalog
 from adapters_store.compile.base import BaseWeights
-from adapters_store.compile.job import CompileJob, run_job
+from adapters_store.compile.job import CompileJob, CompileResult, run_job
 from adapters_store.errors import (
     AdapterCorrupt,
     AdapterInvalid,
@@ -251,9 +252,18 @@ async def test_an_adapter_that_goes_away_is_not_found(store, root):
 
 async def test_many_callers_share_one_compile(store):
     version = await store.resolve("fr")
+    jobs = 0
+    run = store.worker.compile
+
+    async def counting(job: CompileJob) -> CompileResult:
+        nonlocal jobs
+        jobs += 1
+        return await run(job)
+
+    store.worker.compile = counting
     refs = await asyncio.gather(*(store.ensure(version) for _ in range(50)))
     assert all(ref == refs[0] for ref in refs)
-    assert store.compiles == 1
+    assert (store.compiles, jobs) == (1, 1)
 
 
 async def test_all_callers_get_the_failure(store, root):
@@ -287,6 +297,20 @@ async def test_when_the_last_caller_leaves_the_work_is_given_up(store, root):
     assert store.compiles == 1
     assert store.lookup(versions[1].key) is None
     assert (await store.ensure(versions[0])).name == "a0"
+
+
+async def test_a_flight_given_up_does_not_take_its_successor_off_the_books(store):
+    version = await store.resolve("fr")
+    first = asyncio.create_task(store.ensure(version))
+    await asyncio.sleep(0)
+    first.cancel()
+    second = asyncio.create_task(store.ensure(version))  # takes off before the first flight has ended
+    await asyncio.sleep(0.005)
+    third = asyncio.create_task(store.ensure(version))
+    await asyncio.sleep(0)
+    assert len(store._flights) == 1
+    assert store._flights[version.key].waiters == 2
+    assert await second == await third
 
 
 async def test_close_ends_what_is_under_way(open_store):
@@ -498,3 +522,19 @@ async def test_ctrl_c_in_the_terminal_is_the_parents_to_handle(store, root):
     scale_weights(root / "fr", 2)
     await ensured(store)
     assert store.worker.pid == pid
+
+
+def test_the_servers_own_event_loop(open_store, root):
+    """uvloop has its own subprocess code, which takes other arguments than asyncio's."""
+
+    async def scenario() -> None:
+        store = open_store()
+        await store.start()
+        assert (await ensured(store)).name == "fr"
+        os.kill(store.worker.pid, signal.SIGKILL)
+        scale_weights(root / "fr", 2)
+        await asyncio.sleep(0.1)
+        assert (await ensured(store)).name == "fr"
+        await store.close()
+
+    uvloop.run(scenario())

@@ -16,9 +16,10 @@ from adapters_store.ref import AdapterRef
 from server.adapters.slots import AdapterSlots
 from server.engine.batch import BatchBuilder, StepPlan
 from server.engine.blocks import BlockPool
+from server.engine.limits import SchedulerLimits
 from server.engine.messages import RequestError, RequestOutput, SamplingParams
 from server.engine.request import FinishReason, Request, RequestState
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.scheduler import Scheduler
 from tests.unit.byte_device import PAGE, ByteDevice, make_ref
 
 VOCAB = 50

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from server.engine.limits import SchedulerLimits
 from server.engine.request import FinishReason, RequestState
-from server.engine.scheduler import SchedulerLimits
 from server.errors import ConfigError
 from tests.unit.scheduler_world import EOS, VOCAB, World, adapter, next_token
 
@@ -294,11 +294,12 @@ def test_a_preempted_request_keeps_its_tokens_and_goes_before_newcomers(is_same_
 
 def test_nobody_is_admitted_only_to_be_preempted():
     world = World(num_blocks=6, block_size=4, has_prefix_cache=False)
-    world.add("a", 12, max_tokens=6)  # all of three blocks: the next token takes a fourth
+    world.add("a", 10, max_tokens=8)  # owns three blocks of five, and will take two more
     world.step()
-    world.add("b", 8, max_tokens=2)  # would take the last two
+    world.add("b", 8, max_tokens=2)
+    assert world.step() == {"a": 1}, "b would fit, and a could not grow"
     world.run()
-    assert world.scheduler.num_preemptions == 0
+    assert world.scheduler.stats().preemptions == 0
     world.check_ended()
 
 

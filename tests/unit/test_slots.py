@@ -382,7 +382,6 @@ def test_regions_are_whole_pages_found_first_fit_within_bounds():
         lambda slots: slots._free_slots.append(1),
         lambda slots: slots._idle.clear(),
         lambda slots: slots._regions.take(3 * PAGE, PAGE),
-        lambda slots: setattr(slots, "_idle_bytes", 0),
     ],
 )
 def test_check_integrity_sees_books_that_disagree(corrupt):
