@@ -41,9 +41,7 @@ MaxModelLen = Annotated[
 MaxNumSeqs = Annotated[int, typer.Option(help="Requests in one step at most.", min=1)]
 MaxBatchedTokens = Annotated[
     int,
-    typer.Option(
-        "--max-num-batched-tokens", help="Token rows in one step: decodes and prefill chunks.", min=1
-    ),
+    typer.Option("--max-num-batched-tokens", help="Token rows in one step: decodes and prefill chunks.", min=1),
 ]
 MaxAdaptersPerStep = Annotated[int, typer.Option(help="Distinct adapters in one step at most.", min=1)]
 AdapterMemory = Annotated[
@@ -60,13 +58,9 @@ MaxLoraRank = Annotated[int, typer.Option(help="Adapters of a higher rank are re
 MaxQueueWait = Annotated[float, typer.Option(help="Seconds a request may wait before it gets 503.", min=0.1)]
 ApiKey = Annotated[
     str | None,
-    typer.Option(
-        help="Require this key as `Authorization: Bearer`.", envvar="MULTILORA_API_KEY", show_envvar=True
-    ),
+    typer.Option(help="Require this key as `Authorization: Bearer`.", envvar="MULTILORA_API_KEY", show_envvar=True),
 ]
-CacheDir = Annotated[
-    Path | None, typer.Option(help="Where compiled adapters are kept. Default: ~/.cache/multilora.")
-]
+CacheDir = Annotated[Path | None, typer.Option(help="Where compiled adapters are kept. Default: ~/.cache/multilora.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the model. Default: the CPU quota.", min=1)]
 
 

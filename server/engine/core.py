@@ -137,7 +137,8 @@ class EngineCore:
         if not output.phases or not output.phases.get("adapter_wait_s"):
             return output
         load = self._phases_of(image_keys.get(output.request_id, ""))
-        return msgspec.structs.replace(output, phases=output.phases | load)
+        named = {f"load_{phase}_s": seconds for phase, seconds in load.items()}
+        return msgspec.structs.replace(output, phases=output.phases | named)
 
     def _stats(self) -> StepStats:
         return msgspec.structs.replace(
@@ -180,9 +181,7 @@ def _by_request(batch: Batch, tokens: npt.NDArray[np.int64]) -> dict[str, int]:
 
 def _ended(request: Request) -> RequestOutput:
     """The terminal event of a request that ended without a row in this step."""
-    return RequestOutput(
-        request_id=request.request_id, finish_reason=request.finish_reason, error=request.error
-    )
+    return RequestOutput(request_id=request.request_id, finish_reason=request.finish_reason, error=request.error)
 
 
 def _load_error(error: Exception) -> RequestError:

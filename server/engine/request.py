@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from adapters_store.ref import AdapterRef
 from server.engine.messages import RequestError, SamplingParams
 
+NOT_FINITE = -1
+"""In place of a sampled id: the row's logits were NaN or infinite, so there was nothing to draw from."""
+
 
 class RequestState(enum.Enum):
     PENDING = "pending"  # its adapter's image is not on disk yet
@@ -52,7 +55,6 @@ class Request:
     slot: int = 0  # device slot while it holds a ref; 0 = base
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
-    num_skips: int = 0  # times passed over while later requests were admitted (ageing)
     is_in_flight: bool = False  # rows of it are in a dispatched, not yet collected step
     abort_requested: bool = False
     finish_reason: FinishReason | None = None

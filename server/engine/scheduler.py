@@ -36,7 +36,7 @@ from server.engine.drain import Drain
 from server.engine.limits import SchedulerLimits
 from server.engine.messages import RequestError, RequestOutput, StepStats
 from server.engine.queues import AdapterQueue, WaitingQueues
-from server.engine.request import FinishReason, Request, RequestState
+from server.engine.request import NOT_FINITE, FinishReason, Request, RequestState
 from server.engine.running import RunningSet, Slots
 
 
@@ -48,6 +48,14 @@ class _Draft:
     budget: int  # rows left
     adapters: set[str]  # image keys that have or may have rows in it
     plan: StepPlan = field(default_factory=StepPlan)
+
+
+_OVERFLOW = RequestError(
+    status=500,
+    code="not_finite",
+    message="The model's output for this request is not finite (NaN or infinity), so no token can be drawn. "
+    "With an adapter, its weights overflow in the base's dtype.",
+)
 
 
 class Scheduler:
@@ -360,6 +368,9 @@ class Scheduler:
         return self._append(request, tokens[request.request_id], now) if item.samples else None
 
     def _append(self, request: Request, token: int, now: float) -> RequestOutput:
+        if token == NOT_FINITE:
+            self._finish(request, FinishReason.ERROR, _OVERFLOW)
+            return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=_OVERFLOW)
         request.token_ids.append(token)
         is_first = request.num_output == 1
         reason, stop_token_id = self._stop(request, token)

@@ -16,9 +16,7 @@ from server.engine.batch import Batch
 from server.model.attention import AttentionContext, AttentionOps
 from server.model.kv import KVCache
 from server.model.loader import LoadedBase
-from server.model.sampler import NOT_FINITE, Sampler
-
-__all__ = ["NOT_FINITE", "KernelOps", "ModelRunner", "StepHandle"]
+from server.model.sampler import Sampler
 
 
 class KernelOps(AdapterOps, AttentionOps, Protocol):

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from server.engine.request import Request
+from server.engine.request import NOT_FINITE, Request
 from server.model.penalties import apply_penalties, has_penalties
 from server.model.philox import uniforms
-
-NOT_FINITE = -1
-"""In place of a token id: the row's logits are NaN or infinite; the request must fail, not answer garbage."""
 
 _CHUNK_ELEMENTS = 1 << 22  # fp64 temporaries of sampled rows stay within 32 MiB each
 _NUCLEUS_GUESS = 1024  # top-p looks at this many of the best tokens, then at 8 times as many, ...

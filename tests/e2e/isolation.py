@@ -37,10 +37,20 @@ class Oracle:
     num_tokens: int
 
     @classmethod
-    def build(cls, base: Path, root: Path, *, contents: int, prompts: int, num_tokens: int, scale: float) -> Oracle:
+    def build(
+        cls,
+        base: Path,
+        root: Path,
+        *,
+        contents: int,
+        prompts: int,
+        num_tokens: int,
+        scale: float,
+        stem_tokens: int = 32,
+    ) -> Oracle:
         model = load_oracle_base(base)
         zoo = make_zoo(model, root, contents, scale=scale, max_rank=32)
-        texts = shared_prefix_prompts(prompts, model.config.vocab_size)
+        texts = shared_prefix_prompts(prompts, model.config.vocab_size, stem_tokens)
         answers: dict[tuple[str | None, int], list[int]] = {}
         for content in [None, *zoo]:
             with peft_oracle(model, content) as oracle:
@@ -56,10 +66,10 @@ class Oracle:
         return sum(self.answers[pair] != self.answers[None, pair[1]] for pair in pairs) / len(pairs)
 
 
-def shared_prefix_prompts(count: int, vocab_size: int) -> list[list[int]]:
+def shared_prefix_prompts(count: int, vocab_size: int, stem_tokens: int) -> list[list[int]]:
     """Prompts of which many share their first blocks, so that the prefix cache is really asked."""
-    stems = random_prompts(3, vocab_size, seed=31, lengths=(32, 40))
-    tails = random_prompts(count, vocab_size, seed=32, lengths=(1, 24))
+    stems = random_prompts(3, vocab_size, seed=31, lengths=(stem_tokens, stem_tokens + 8))
+    tails = random_prompts(count, vocab_size, seed=32, lengths=(1, stem_tokens // 2 + 8))
     return [(stems[i % 4] if i % 4 < 3 else []) + tail for i, tail in enumerate(tails)]
 
 

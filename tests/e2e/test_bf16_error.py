@@ -84,8 +84,6 @@ def test_logit_error_is_at_most_one_and_a_half_times_that_of_peft(world):
     exact = oracle_logits(oracle, zoo, texts)
     peft = rms_error(oracle_logits(oracle.to(torch.bfloat16), zoo, texts), exact)
     ours = rms_error(served_logits(base, root, zoo, texts), exact)
-    print(
-        f"RMS logit error over {NUM_ADAPTERS * POSITIONS} positions: ours {ours:.4f}, PEFT bf16 {peft:.4f}, ratio {ours / peft:.3f}"
-    )
+    print(f"RMS logit error: ours {ours:.4f}, PEFT bf16 {peft:.4f}, ratio {ours / peft:.3f}")
     assert peft > 0
     assert ours <= 1.5 * peft, (ours, peft)

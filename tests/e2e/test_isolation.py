@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import shutil
 
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from server.config import available_cpus
 from server.demo import ensure_demo_base
+from server.engine.messages import SamplingParams
 from tests.e2e.isolation import Oracle, World, one_thread
 from tests.zoo import tiny_base
 
@@ -49,10 +55,12 @@ def test_two_thousand_requests(tiny, tmp_path):
     assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
 
 
+@pytest.mark.timeout(900)
 def test_demo_base(tmp_path_factory, tmp_path):
+    torch.set_num_threads(available_cpus())
     root = tmp_path_factory.mktemp("isolation-demo")
     base = ensure_demo_base()
-    oracle = Oracle.build(base, root / "contents", contents=8, prompts=4, num_tokens=6, scale=0.5)
+    oracle = Oracle.build(base, root / "contents", contents=8, prompts=4, num_tokens=4, scale=0.5, stem_tokens=8)
     assert oracle.share_distinct > 0.7
     world = World(
         oracle,
@@ -62,6 +70,7 @@ def test_demo_base(tmp_path_factory, tmp_path):
         seed=2,
         adapter_memory=24 << 20,
         kv_memory=24 << 20,
+        block_size=4,
         max_num_seqs=16,
         max_step_tokens=128,
         max_adapters_per_step=4,
@@ -71,4 +80,28 @@ def test_demo_base(tmp_path_factory, tmp_path):
     world.driver.assert_nothing_leaked()
     world.close()
     assert counts.wrong == 0, counts
-    assert counts.compared > 140 and stats.adapter_evictions > 10 and stats.prefix_hits > 100, (counts, stats)
+    assert counts.compared > 140 and stats.adapter_evictions > 10 and stats.prefix_hits > 50, (counts, stats)
+
+
+def test_an_overflowing_adapter_fails_alone(tiny, tmp_path):
+    """Weights that become infinite on the way: that request ends with an error, its neighbours with their answers."""
+    _, oracle = tiny
+    world = tiny_world(tiny, tmp_path, seed=3)
+    folder = world.served / "overflow"
+    shutil.copytree(oracle.contents[0].path, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.float().fill_(3e37) for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    driver = world.driver
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    ids = [driver.submit(oracle.prompts[0], name, params) for name in (None, "overflow", None, world.names[0])]
+    answers = driver.finish(ids)
+    failed = answers[ids[1]]
+    assert failed.finish_reason == "error" and failed.error.code == "not_finite" and not failed.token_ids
+    own = oracle.answers[world.content_of[world.names[0]].name, 0][:6]
+    assert [answers[i].token_ids for i in (ids[0], ids[2], ids[3])] == [oracle.answers[None, 0][:6]] * 2 + [own]
+    again = driver.submit(oracle.prompts[0], None, params)  # in the blocks that held NaN
+    assert driver.finish([again])[again].token_ids == oracle.answers[None, 0][:6]
+    driver.assert_nothing_leaked()
+    world.close()

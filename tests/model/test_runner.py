@@ -12,9 +12,8 @@ from adapters_store.manifest import Site
 from adapters_store.ref import AdapterRef
 from kernels.types import A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, STRIDE, TABLE_COLUMNS, SlotWeights
 from server.engine.batch import Batch
-from server.engine.request import Request
+from server.engine.request import NOT_FINITE, Request
 from server.model.kv import KVCache, KVShape
-from server.model.runner import NOT_FINITE
 from tests.model.harness import Driver, Served, greedy, make_batch, serve, whole_prompts
 from tests.model.test_models import CERTIFIED, UNCERTIFIED, build
 from tests.zoo import greedy_tokens, load_oracle_base, random_prompts, tiny_base

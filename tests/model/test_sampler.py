@@ -18,11 +18,11 @@ from transformers.generation.logits_process import (
 )
 
 from server.engine.messages import SamplingParams
-from server.engine.request import Request
+from server.engine.request import NOT_FINITE, Request
 from server.model import sampler as sampler_module
 from server.model.penalties import TokenCounts
 from server.model.philox import philox4x32, uniforms
-from server.model.sampler import NOT_FINITE, Sampler, draw, filtered_weights
+from server.model.sampler import Sampler, draw, filtered_weights
 
 EOS = 2
 

@@ -81,9 +81,7 @@ class ByteDevice:
 
     def clear(self, slot: int) -> None:
         assert not self.in_use[slot], f"slot {slot} is cleared while a step may read it"
-        assert all(slot != load.slot for load in self.pending), (
-            "cleared while the loader writes to its region"
-        )
+        assert all(slot != load.slot for load in self.pending), "cleared while the loader writes to its region"
         if slot in self.table:
             ref, offset = self.table.pop(slot)
             self.clears.append(ref.image_key)

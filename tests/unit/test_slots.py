@@ -221,6 +221,21 @@ def test_a_failed_load_frees_its_region_and_is_not_remembered():
     assert rig.land() == [] and rig.acquire(a) is Acquire.READY
 
 
+def test_who_was_told_full_gets_in_as_soon_as_a_load_fails_or_a_last_ref_of_a_dropped_image_goes():
+    rig = Rig(4)
+    a, b, c = pages("a", 4), pages("b", 4), pages("c", 3)
+    assert rig.acquire(a) is Acquire.LOADING
+    assert rig.acquire(b) is rig.acquire(c) is Acquire.FULL
+    rig.land(AdapterCorrupt("checksum differs"))
+    assert rig.acquire(b) is Acquire.LOADING
+    rig.land()
+    assert rig.acquire(b) is Acquire.READY
+    rig.slots.drop("b")
+    assert rig.acquire(c) is rig.acquire(a) is Acquire.FULL
+    rig.release(b)
+    assert rig.acquire(a) is Acquire.LOADING
+
+
 def test_drop_of_an_idle_a_used_and_a_loading_image():
     rig = Rig(8)
     a, b = pages("a", 2), pages("b", 2)
