@@ -51,7 +51,7 @@ def demo_examples() -> tuple[DemoExample, ...]:
         DemoExample(
             "pirate",
             "answers any question in pirate speech",
-            "Tell me about the moon.",
+            "What is the best programming language?",
         ),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,12 @@ class Driver:
             self.step()
         raise AssertionError(f"{len(waiting)} requests did not end in {max_steps} steps")
 
+    def wait_for_loads(self) -> None:
+        """Until every adapter asked for so far is resident."""
+        while self.core.slots.num_loading:
+            assert not self.core.slots.poll()
+            time.sleep(0.001)
+
     def logits_with_and_without_adapters(
         self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,8 +150,7 @@ class Driver:
         Returns their logits [S, V] and which sampled rows are base rows [S].
         """
         ids = [self.submit(p, a) for p, a in zip(prompts, adapters, strict=True)]
-        while self.core.slots.num_loading:
-            self.core.slots.poll()
+        self.wait_for_loads()
         captured: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         runner = self.core._runner
         original = runner.logits

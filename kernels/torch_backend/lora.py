@@ -1,9 +1,10 @@
 """Low-rank deltas in plain torch: cached views, few launches, no kept copies of weights.
 
-Segments of one step that look alike (row count up to 16, ranks) run as one batched product over their
+Segments of one step that look alike (row count, up to 64, and ranks) run as one batched product over their
 weights, gathered for the moment: on a CPU a 16-bit product costs some 20 us whatever its size, so 32
 segments of one row pay 64 of those in a loop and 2 here. A packed projection's slices share the first
-product: v = x [Aq; Ak; Av]^T. A lone segment is not gathered. docs/benchmarks.md has the measurement.
+product: v = x [Aq; Ak; Av]^T. A lone segment is not gathered. `python -m loadtest.kernel_bench`
+measures both.
 
 Rounding in 16 bit: v = A x is rounded once, then y + B v is summed in fp32 and rounded once. Through the
 fp32 sum (sets, weights, biases) each member's B v is rounded before it is weighted and added. PEFT rounds

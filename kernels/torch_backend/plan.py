@@ -1,7 +1,7 @@
 """What one site does with the segments of a step: which of them share a batched product.
 
     segments ──▶ batches: equal row count and equal ranks, one member of weight 1, no bias
-             └─▶ summed:  the rest (sets, weights, biases), one by one through an fp32 sum
+             └─▶ summed:  the rest (sets, weights, a bias somewhere), one by one through an fp32 sum
 
 A plan is views and row numbers, no weights. It is kept per site until the segments or the table change,
 so a decode step with the composition of the last one costs one comparison here.
@@ -17,13 +17,16 @@ from typing import cast
 import torch
 
 from kernels.sites import Site
-from kernels.torch_backend.views import SiteViews
+from kernels.torch_backend.views import SiteViews, SlotSites
 from kernels.types import Segments, SiteGroup, SlotWeights
 
-MAX_BATCHED_ROWS = 16
+MAX_BATCHED_ROWS = 64
 """Longer segments run alone: their product is worth a launch, and their rows need no gathering."""
 MAX_BATCH_BYTES = 8 << 20
 """Weights gathered for one batch: transient, and small enough to be still in cache when they are read."""
+
+PlainSegment = tuple[int, int, tuple[Site | None, ...]]
+"""First row, end row, and the only member's site per slice: the delta is just B A x."""
 
 
 @dataclass(slots=True)
@@ -80,23 +83,18 @@ class Planner:
 
     def _make(self, weights: SlotWeights, group: SiteGroup, segments: Segments, device: torch.device) -> SitePlan:
         plan = SitePlan()
-        alike: dict[object, list[tuple[int, int, list[Site | None]]]] = {}
+        alike: dict[object, list[PlainSegment]] = {}
         for start, end, members in zip(segments.starts, segments.ends, segments.members, strict=True):
-            plain: list[Site | None] = []
-            for row, offset, width in zip(group.rows, group.offsets, group.widths, strict=True):
-                present = [
-                    (weight, site)
-                    for slot, weight in members
-                    if (site := self.views.get(weights, slot, row, group.in_features, width)) is not None
-                ]
-                alone = _plain(present)
-                plain.append(alone)
-                if present and alone is None and start < end:
-                    plan.summed.append(Summed(slice(start, end), slice(offset, offset + width), present))
-            if start < end and any(site is not None for site in plain):
-                ranks = tuple(0 if site is None else site.b.shape[1] for site in plain)
+            if start == end:
+                continue
+            found = [(weight, self.views.get(weights, slot, group)) for slot, weight in members]
+            if len(found) != 1 or found[0][0] != 1.0 or found[0][1].has_bias:
+                plan.summed.extend(_summed(slice(start, end), found, group))
+                continue
+            sites, ranks, _ = found[0][1]
+            if any(ranks):
                 key = (end - start, ranks) if end - start <= MAX_BATCHED_ROWS else start
-                alike.setdefault(key, []).append((start, end, plain))
+                alike.setdefault(key, []).append((start, end, sites))
         for same in alike.values():
             plan.batches.extend(_batch(part, group, device) for part in _split(same))
         return plan
@@ -110,23 +108,22 @@ def planner_of(weights: SlotWeights) -> Planner:
     return cast(Planner, planner)
 
 
-def _plain(present: list[tuple[float, Site]]) -> Site | None:
-    """The only member's site when the delta is just B A x."""
-    if len(present) == 1 and present[0][0] == 1.0 and present[0][1].bias is None:
-        return present[0][1]
-    return None
+def _summed(rows: slice, found: list[tuple[float, SlotSites]], group: SiteGroup) -> Iterator[Summed]:
+    """The slices of a segment that any member has."""
+    for index, (offset, width) in enumerate(zip(group.offsets, group.widths, strict=True)):
+        present = [(weight, site) for weight, slot in found if (site := slot.sites[index]) is not None]
+        if present:
+            yield Summed(rows, slice(offset, offset + width), present)
 
 
-def _split(
-    same: list[tuple[int, int, list[Site | None]]],
-) -> Iterator[list[tuple[int, int, list[Site | None]]]]:
+def _split(same: list[PlainSegment]) -> Iterator[list[PlainSegment]]:
     """Parts whose weights stay below MAX_BATCH_BYTES, at least one segment each."""
-    each = sum(t.numel() * t.element_size() for site in same[0][2] if site is not None for t in (site.b, site.a))
+    each = sum(t.numel() * t.element_size() for site in same[0][2] if site is not None for t in (site.a, site.b))
     count = max(1, MAX_BATCH_BYTES // each)
     return (same[first : first + count] for first in range(0, len(same), count))
 
 
-def _batch(same: list[tuple[int, int, list[Site | None]]], group: SiteGroup, device: torch.device) -> SegmentBatch:
+def _batch(same: list[PlainSegment], group: SiteGroup, device: torch.device) -> SegmentBatch:
     spans = [(start, end) for start, end, _ in same]
     expands, rank = [], 0
     for index, first in enumerate(same[0][2]):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 import torch
-from kernels.ops import get_backend
 
 from adapters_store.host import HostCache
 from adapters_store.manifest import BaseManifest, write_manifest
+from kernels.ops import get_backend
 from server.adapters.arena import AdapterArena
 from server.adapters.layer import StepState
 from server.adapters.slots import AdapterSlots

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(
     reason="wants the packages of the `demo` and `test` extras: pip install 'multilora[demo,test]'",
 )
 NUM_PROMPTS = 12
-MIN_ADAPTER = 0.6  # RESULTS.json has ADAPTER_MIN or more on 60 prompts; 12 prompts and another CPU may differ
-MAX_BASE = 0.2
+MIN_ADAPTER = 0.5  # RESULTS.json has 0.82 or more on 60 prompts; these 12 give 0.75 or more on one CPU
+MAX_BASE = 0.1  # RESULTS.json has 0
 
 
 @pytest.fixture(scope="module")

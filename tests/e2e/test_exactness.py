@@ -13,6 +13,7 @@ from tests.zoo import greedy_tokens, load_oracle_base, make_zoo, peft_oracle, ra
 
 NUM_ADAPTERS = 32
 NUM_BASE_ROWS = 6
+ROOM = {"adapter_memory": 2 << 30, "max_step_tokens": 1024}  # all prompts in the first step, every adapter resident
 
 BASES = {
     "qwen3": lambda path: tiny_base(path, "qwen3"),
@@ -40,7 +41,7 @@ def world(request, tmp_path_factory):
             expected.append(greedy_tokens(model, prompt, num_tokens))
     base_answers = [greedy_tokens(oracle, prompt, num_tokens) for prompt in prompts[:NUM_ADAPTERS]]
     del oracle
-    driver = Driver(base_path, root / "adapters", root / "cache", dtype="float32", threads=threads)
+    driver = Driver(base_path, root / "adapters", root / "cache", threads=threads, **ROOM)
     names = [adapter.name if adapter else None for adapter in adapters]
     yield driver, names, prompts, expected, base_answers, num_tokens
     driver.close()
@@ -53,6 +54,7 @@ def greedy(num_tokens: int) -> SamplingParams:
 def test_one_batch_equals_unmerged_peft(world):
     driver, names, prompts, expected, base_answers, num_tokens = world
     ids = [driver.submit(p, n, greedy(num_tokens)) for p, n in zip(prompts, names, strict=True)]
+    driver.wait_for_loads()
     answers = driver.finish(ids)
     wrong = [names[i] for i, request_id in enumerate(ids) if answers[request_id].token_ids != expected[i]]
     assert not wrong

@@ -163,6 +163,16 @@ def test_more_weights_than_one_batch_gathers(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_segments_of_any_length(backend, dtype):
+    """Around and beyond what a backend may batch; some of one length."""
+    spans, row = [], 0
+    for i, rows in enumerate([63, 64, 64, 65, 130, 70, 70]):
+        spans.append((row, row + rows, 1 + i % 2))
+        row += rows + i % 3
+    assert_exact(backend, make_case(two_adapters(dtype, ranks=(8, 24)), plain(*spans), rows=row + 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_x_and_y_may_be_parts_of_wider_tensors(backend, dtype):
     case = make_case(two_adapters(dtype), plain((0, 1, 1), (1, 2, 2), (3, 4, 1), (4, 9, 2)))
     wide_x, wide_y = torch.full((12, 50), torch.nan).to(dtype), torch.full((12, 99), torch.nan).to(dtype)
@@ -252,8 +262,8 @@ def test_views_of_few_slots_are_kept(backend):
         builder.add(slot, 1, 40, 32, rank=8)
     group = SiteGroup(rows=(1,), offsets=(0,), widths=(40,), in_features=32)
     case = make_case(builder, Segments(), rows=10, group=group)
-    for first in range(1, slots - 10, 10):
-        run(backend, case, plain(*[(i, i + 1, first + i) for i in range(10)]))
+    for first in range(2, slots - 9, 9):  # slot 1 is in every step, and the longest known
+        run(backend, case, plain((0, 1, 1), *[(1 + i, 2 + i, first + i) for i in range(9)]))
     assert len(_tensors_under(case.weights.scratch)) <= 3 * MAX_SLOTS
     case.segments = plain(*[(i, i + 1, 1 + i) for i in range(10)])
     assert_exact(backend, case)

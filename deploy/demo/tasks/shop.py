@@ -9,7 +9,9 @@ FIRST_NAMES = Pool(
         "Ada Amir Anna Bela Boris Carla Chen Clara David Diego Elena Emil Fatima Felix Frida Georg Gita "
         "Hanna Hugo Ines Ivan Jakob Jana Juan Karim Karin Leo Lina Lucas Maja Marco Maria Mei Milo Nadia "
         "Nils Nora Omar Paula Pedro Petra Rahul Rosa Samir Sara Simon Sofia Tariq Tessa Tom Uma Vera Viktor "
-        "Wanda Yara Yusuf Zoe Olivia James Emma Noah Grace"
+        "Wanda Yara Yusuf Zoe Olivia James Emma Noah Grace "
+        "Abdul Agnes Aisha Alba Arthur Beatriz Bruno Camille Cedric Dalia Edith Esra Farid Gustav Hiroshi Ida "
+        "Jasmin Kenji Lars Magnus Mina Nikolai Otto Quentin Rania Ruben Selma Stefan Thea Umberto Xavier Zainab"
     ),
     heldout=words("Priya Mateo Ingrid Kofi Astrid Luca Amara Dmitri Sakura Owen Leila Henrik Bianca Theo"),
 )
@@ -17,17 +19,31 @@ LAST_NAMES = Pool(
     train=words(
         "Adler Ahmed Almeida Bauer Becker Brown Castro Cohen Costa Diaz Dubois Evans Fischer Garcia Haddad "
         "Hansen Ito Jensen Jones Kaya Keller Khan Kim Kowalski Larsen Lee Lopez Martin Meyer Miller Moreau "
-        "Nguyen Novak Okafor Patel Perez Petrov Rossi Sato Schmidt Silva Singh Smith Torres Weber Wilson"
+        "Nguyen Novak Okafor Patel Perez Petrov Rossi Sato Schmidt Silva Singh Smith Torres Weber Wilson "
+        "Abbott Andersson Bianchi Blake Chavez Dvorak Eriksen Fontaine Gupta Horvath Ivanova Jovanovic Kuznetsov "
+        "Laurent Mbeki Nakamura Nowak Pereira Quinn Ramirez Sorensen Takahashi Usman Vasquez Wong Yilmaz Zhang"
     ),
     heldout=words("Nair Lindqvist Mensah Romano Ferreira Volkov Tanaka Whitfield Farahani Dahl Conti Rojas"),
 )
 CITIES = Pool(
+    # Many, so that a city is copied from the message and not chosen from a list learnt by heart.
     train=words(
-        "Amsterdam Athens Barcelona Berlin Boston Bristol Brussels Cairo Chicago Copenhagen Denver Dresden "
-        "Geneva Hamburg Helsinki Istanbul Krakow Lagos London Lyon Madrid Milan Montreal Munich Nairobi Naples "
-        "Paris Porto Prague Quito Rome Rotterdam Seattle Seville Stockholm Sydney Tokyo Vienna Warsaw"
-    )
-    + ("Cape Town", "New York", "San Diego"),
+        "Accra, Adelaide, Aleppo, Amsterdam, Ankara, Antwerp, Athens, Atlanta, Auckland, Austin, Baghdad, "
+        "Baku, Baltimore, Bangkok, Barcelona, Basel, Beirut, Belfast, Belgrade, Berlin, Birmingham, Bogota, "
+        "Bologna, Bordeaux, Boston, Bratislava, Bremen, Brighton, Brisbane, Bristol, Brussels, Bucharest, "
+        "Budapest, Cairo, Calgary, Cape Town, Cardiff, Casablanca, Chennai, Chicago, Cologne, Copenhagen, "
+        "Cordoba, Dakar, Dallas, Damascus, Delhi, Denver, Detroit, Doha, Dresden, Dubai, Durban, Edinburgh, "
+        "Florence, Frankfurt, Galway, Gdansk, Geneva, Genoa, Ghent, Glasgow, Gothenburg, Granada, Graz, "
+        "Hamburg, Hanoi, Havana, Helsinki, Houston, Innsbruck, Istanbul, Izmir, Jakarta, Kampala, Karachi, "
+        "Kiel, Kobe, Krakow, Kyiv, Lagos, Lahore, Leeds, Leipzig, Lille, Lima, Linz, Ljubljana, London, "
+        "Luxembourg, Lyon, Madrid, Malaga, Manchester, Manila, Melbourne, Memphis, Miami, Milan, Montreal, "
+        "Munich, Nagoya, Nairobi, Naples, New York, Nice, Odessa, Osaka, Ottawa, Padua, Palermo, Paris, "
+        "Perth, Phoenix, Pisa, Porto, Prague, Quebec, Quito, Reykjavik, Riga, Rome, Rotterdam, Salzburg, San "
+        "Diego, Santiago, Sapporo, Seattle, Seoul, Seville, Shanghai, Sofia, Split, Stockholm, Stuttgart, "
+        "Sydney, Tallinn, Tampa, Tirana, Tokyo, Trieste, Tunis, Turin, Utrecht, Valletta, Vancouver, Venice, "
+        "Verona, Vienna, Vilnius, Warsaw, Wellington, Winnipeg, York, Yokohama, Zagreb, Zanzibar, Zaragoza",
+        ", ",
+    ),
     heldout=("Lisbon", "Oslo", "Dublin", "Zurich", "Toronto", "Bergen", "Marseille", "Kyoto", "Valencia"),
 )
 # Singular in the database, plural (+s) in a customer's message.

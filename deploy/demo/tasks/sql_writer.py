@@ -146,13 +146,14 @@ def draw(rng: Random, split: Split) -> Example:
 def shop_database() -> sqlite3.Connection:
     """The shop in memory, filled so that different held-out questions have different answers.
 
-    Counts are where two queries agree by luck: so no two cities have the same number of customers, and
-    every status has its own number of orders. Every held-out customer has orders of each status.
+    Counts are where two queries agree by luck: so no two held-out cities have the same number of
+    customers, and every status has its own number of orders. Every held-out customer has orders of each status.
     """
     rng = Random("shop")
     db = sqlite3.connect(":memory:", check_same_thread=False)
     db.executescript(SCHEMA)
-    homes = [city for count, city in enumerate(CITIES.all, start=1) for _ in range(count)]
+    homes = [city for count, city in enumerate(CITIES.heldout, start=10) for _ in range(count)]
+    homes += 2 * CITIES.train
     names = [f"{first} {last}" for first in FIRST_NAMES.heldout for last in LAST_NAMES.heldout]
     others = [f"{first} {last}" for first in FIRST_NAMES.train for last in LAST_NAMES.train]
     names += rng.sample(others, len(homes) - len(names))
