@@ -71,7 +71,8 @@ def format_bytes(count: float) -> str:
 
 def default_cache_dir() -> Path:
     """$MULTILORA_CACHE, or ~/.cache/multilora."""
-    return Path(os.environ.get("MULTILORA_CACHE") or Path.home() / ".cache" / "multilora")
+    configured = os.environ.get("MULTILORA_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "multilora"
 
 
 def available_cpus() -> int:

@@ -5,12 +5,12 @@ the demo needs no model hub: the file is dequantised once into the layout that e
 """
 
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from server.config import default_cache_dir
 from server.errors import ConfigError
 
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -62,12 +62,6 @@ def demo_adapters_dir() -> Path:
     if not folder.is_dir():
         raise ConfigError(f"The demo adapters are not at {folder}: run the demo from a source checkout.")
     return folder
-
-
-def default_cache_dir() -> Path:
-    """Where converted bases are kept: `$MULTILORA_CACHE`, else `~/.cache/multilora`."""
-    configured = os.environ.get("MULTILORA_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "multilora"
 
 
 def ensure_demo_base(cache_dir: Path | None = None, progress: Progress = print) -> Path:

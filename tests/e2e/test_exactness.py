@@ -13,7 +13,7 @@ from tests.zoo import greedy_tokens, load_oracle_base, make_zoo, peft_oracle, ra
 
 NUM_ADAPTERS = 32
 NUM_BASE_ROWS = 6
-ROOM = {"adapter_memory": 2 << 30, "max_step_tokens": 1024}  # all prompts in the first step, every adapter resident
+ROOM = {"adapter_memory": 2 << 30, "kv_memory": 256 << 20, "max_step_tokens": 1024}  # the first step has all of them
 
 BASES = {
     "qwen3": lambda path: tiny_base(path, "qwen3"),

@@ -167,7 +167,8 @@ def test_a_client_that_leaves_is_aborted_within_a_step(server):
     running, _ = server
     body = {"model": "base", "prompt": "Count:", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=120) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the connection is closed when its reader is gone
+        next(lines)
         assert metric(running.url, "vllm:num_requests_running") == 1
     deadline = time.monotonic() + 60
     while metric(running.url, "vllm:num_requests_running") > 0:
@@ -199,7 +200,8 @@ def test_a_full_device_queues_then_says_503(tmp_path):
         url = f"{running.url}/v1/completions"
         body = {"model": "a", "prompt": "x", "max_tokens": 7000, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", url, json=body, timeout=60) as held:
-            next(held.iter_lines())
+            lines = held.iter_lines()
+            next(lines)
             refused = httpx.post(url, json={"model": "b", "prompt": "x", "max_tokens": 1}, timeout=60)
             assert refused.status_code == 503, refused.text
             assert int(refused.headers["retry-after"]) >= 1

@@ -445,6 +445,7 @@ def test_a_full_arena_ends_in_503_after_the_bound():
     world.step()
     error = world.requests["cold"].error
     assert error is not None and (error.status, error.code) == (503, "overloaded") and error.retry_after_s
+    assert "no device memory for adapter 'cold' in 5 s" in error.message
     world.run()
     world.check_ended()
 
