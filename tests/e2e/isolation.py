@@ -67,10 +67,10 @@ class Oracle:
 
 
 def shared_prefix_prompts(count: int, vocab_size: int, stem_tokens: int) -> list[list[int]]:
-    """Prompts of which many share their first blocks, so that the prefix cache is really asked."""
-    stems = random_prompts(3, vocab_size, seed=31, lengths=(stem_tokens, stem_tokens + 8))
-    tails = random_prompts(count, vocab_size, seed=32, lengths=(1, stem_tokens // 2 + 8))
-    return [(stems[i % 4] if i % 4 < 3 else []) + tail for i, tail in enumerate(tails)]
+    """Each of a few tails after each of three stems and alone: equal prefixes, and equal blocks after unequal ones."""
+    stems = [*random_prompts(3, vocab_size, seed=31, lengths=(stem_tokens, stem_tokens)), []]
+    tails = random_prompts(-(-count // 4), vocab_size, seed=32, lengths=(stem_tokens // 2, stem_tokens))
+    return [stems[i % 4] + tails[i // 4] for i in range(count)]
 
 
 @dataclass
