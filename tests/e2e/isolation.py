@@ -180,14 +180,14 @@ class World:
         elif self.open:
             self.driver.core.abort([self.random.choice(sorted(self.open))])
 
-    def run(self, num_requests: int, max_open: int) -> Counts:
-        """Until `num_requests` were sent and all have ended."""
+    def run(self, num_requests: int, max_open: int, disturbances: float = 0.15) -> Counts:
+        """Until `num_requests` were sent and all have ended; so many disturbances a step."""
         while self.counts.requests < num_requests or self.open:
             while self.counts.requests < num_requests and len(self.open) < max_open and self.random.random() < 0.7:
                 self.submit()
             if self.random.random() < 0.5:
                 self.bring_one()
-            if self.random.random() < 0.15:
+            if self.random.random() < disturbances:
                 self.disturb()
             self.driver.step()
             if self.driver.num_steps % 50 == 0:

@@ -48,6 +48,7 @@ def test_two_thousand_requests(tiny, tmp_path):
     stats = world.driver.core.step().stats
     world.driver.assert_nothing_leaked()
     world.close()
+    print(counts, stats)
     assert counts.wrong == 0, counts
     # it was the storm it claims to be
     assert counts.compared > 1500 and counts.aborted > 50 and counts.failed < 200, counts
@@ -60,7 +61,7 @@ def test_demo_base(tmp_path_factory, tmp_path):
     torch.set_num_threads(available_cpus())
     root = tmp_path_factory.mktemp("isolation-demo")
     base = ensure_demo_base()
-    oracle = Oracle.build(base, root / "contents", contents=8, prompts=4, num_tokens=4, scale=0.5, stem_tokens=8)
+    oracle = Oracle.build(base, root / "contents", contents=8, prompts=4, num_tokens=8, scale=0.5, stem_tokens=8)
     assert oracle.share_distinct > 0.7
     world = World(
         oracle,
@@ -69,18 +70,20 @@ def test_demo_base(tmp_path_factory, tmp_path):
         names=8,
         seed=2,
         adapter_memory=24 << 20,
-        kv_memory=24 << 20,
-        block_size=4,
+        kv_memory=2 << 20,
+        block_size=2,
         max_num_seqs=16,
         max_step_tokens=128,
         max_adapters_per_step=4,
     )
-    counts = world.run(200, max_open=16)
+    counts = world.run(200, max_open=32, disturbances=0.4)
     stats = world.driver.core.step().stats
     world.driver.assert_nothing_leaked()
     world.close()
+    print(counts, stats)
     assert counts.wrong == 0, counts
-    assert counts.compared > 140 and stats.adapter_evictions > 10 and stats.prefix_hits > 50, (counts, stats)
+    assert counts.compared > 140 and counts.aborted > 5 and counts.replacements > 5, counts
+    assert stats.adapter_evictions > 5 and stats.prefix_hits > 20 and stats.preemptions > 0, stats
 
 
 def test_an_overflowing_adapter_fails_alone(tiny, tmp_path):
