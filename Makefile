@@ -19,10 +19,11 @@ serve: $(READY)  ## make serve MODEL=path/to/base ADAPTERS=path/to/folder
 test: $(READY)  ## the default suite; make test ARGS="tests/unit -x"
 	$(BIN)/python -m pytest -m "not slow and not cuda" $(ARGS)
 
-check: $(READY)  ## lint, format, types
+check: $(READY)  ## lint, format, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy server adapters_store
+	$(BIN)/python -m pytest -q tests/unit/test_import_rules.py
 
 bench: $(READY)  ## the measured results of docs/benchmarks.md
 	$(BIN)/multilora bench $(ARGS)

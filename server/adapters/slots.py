@@ -15,7 +15,7 @@ import enum
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -48,6 +48,9 @@ class SlotDevice(Protocol):
 
     def move(self, ref: AdapterRef, slot: int, old_offset: int, new_offset: int, nbytes: int) -> None:
         """Move a committed image (the ranges may overlap) and rewrite its table rows."""
+
+    def check_table(self, residents: Iterable[tuple[int, AdapterRef, int]]) -> None:
+        """Assert that the table has exactly these (slot, ref, offset)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +229,8 @@ class AdapterSlots:
         return ((image.slot, image.ref, image.offset) for image in self._images.values() if image.load is None)
 
     def check_integrity(self) -> None:
-        """Assert that the books agree with each other: regions, slots, refs, idle and loading sets."""
+        """Assert that the books agree with each other and with the device's table."""
+        self._device.check_table(self.residents())
         images = self._images.values()
         self._regions.check({image.offset: image.nbytes for image in images})
         assert len({image.offset for image in images}) == len(images), "two images share a region"

@@ -124,7 +124,7 @@ class EngineCore:
         return [self._with_load_phases(output, image_keys) for output in outputs]
 
     def check_integrity(self) -> None:
-        """Assert that nothing leaked: blocks, refs, queues."""
+        """Assert that nothing leaked or differs: blocks, refs, queues, the device's table of adapters."""
         self.scheduler.check_integrity()
         self.slots.check_integrity()
 

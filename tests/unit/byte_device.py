@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -99,6 +100,9 @@ class ByteDevice:
         self._write(new_offset, content)
         self.table[slot] = (ref, new_offset)
         self.moves += 1
+
+    def check_table(self, residents: Iterable[tuple[int, AdapterRef, int]]) -> None:
+        assert self.table == {slot: (ref, offset) for slot, ref, offset in residents}
 
     def check_bytes(self) -> None:
         """Every committed region holds exactly its image's bytes."""
