@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
+from adapters_store.chat_template import read_chat_template
 from adapters_store.errors import AdapterNotFound
 from adapters_store.ref import SourceVersion, is_adapter_name
+from adapters_store.sources.named import NamedSource
 from adapters_store.tensorfile import shown
+
+MAX_TEMPLATES = 1024  # chat templates remembered, by version
 
 
 class Source(Protocol):
     """Where adapters come from. Blocking; the catalog calls it in a thread."""
+
+    misnamed: list[str]
 
     @property
     def source(self) -> str: ...
@@ -22,27 +29,36 @@ class Source(Protocol):
 
 
 class Listing(NamedTuple):
-    """One adapter of the catalog: its name and where its source keeps it."""
+    """One adapter of the catalog: its name, where its source keeps it, and what it points to."""
 
     name: str
     path: str
+    version: SourceVersion
 
 
 Listings = list[Listing]
 
 
 class Catalog:
-    """Resolves adapter names. The base's names are never adapters, whatever folders are called."""
+    """Resolves adapter names. The base's names are never adapters, whatever folders are called.
+
+    Names given by hand (`named`) go before all sources, also while their folder is missing: a name that
+    was given one adapter never quietly becomes another. Removed names are not served until given again.
+    """
 
     def __init__(
         self,
         sources: Sequence[Source],
         base_names: Collection[str],
         *,
+        named: NamedSource | None = None,
         list_age_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.named = named or NamedSource()
         self._sources = tuple(sources)
+        self._removed: set[str] = set()
+        self._templates: OrderedDict[str, str | None] = OrderedDict()
         self._base_names = frozenset(base_names)
         self._list_age_s = list_age_s
         self._clock = clock
@@ -54,12 +70,37 @@ class Catalog:
 
     async def resolve(self, name: str) -> SourceVersion:
         """What `name` points to right now, never from memory; AdapterNotFound when no source has it."""
-        if is_adapter_name(name) and name not in self._base_names:
-            for source in self._sources:
+        if is_adapter_name(name) and name not in self._base_names and name not in self._removed:
+            for source in self._sources_of(name):
                 version = await asyncio.to_thread(source.resolve, name)
                 if version is not None:
                     return version
         raise AdapterNotFound(f"The model {shown(name)} does not exist.")
+
+    async def chat_template(self, version: SourceVersion) -> str | None:
+        """The chat template in the adapter's own folder; None when the base's is its template.
+
+        Raises AdapterError: a file that is broken or too large is named, one that is being replaced is 503.
+        """
+        key = version.key
+        if key not in self._templates:
+            template = await asyncio.to_thread(read_chat_template, version)
+            self._templates[key] = template
+            if len(self._templates) > MAX_TEMPLATES:
+                self._templates.popitem(last=False)
+        return self._templates[key]
+
+    def assign(self, version: SourceVersion) -> None:
+        """Serve `version.path` under `version.name` from now on. Running requests keep what they resolved."""
+        self.named.assign(version)
+        self._removed.discard(version.name)
+        self._listed_at = -float("inf")
+
+    def remove(self, name: str) -> None:
+        """Serve `name` no longer, wherever it comes from, until it is assigned again."""
+        self.named.remove(name)
+        self._removed.add(name)
+        self._listed_at = -float("inf")
 
     async def list(self) -> Listings:
         """All adapters, by name. At most `list_age_s` old: a listing walks folders."""
@@ -70,14 +111,23 @@ class Catalog:
             return self._listed.copy()
 
     def _walk(self) -> tuple[Listings, tuple[str, ...]]:
-        found: dict[str, str] = {}
+        found: dict[str, SourceVersion] = {}
         warnings = []
-        for source in self._sources:
+        for source in (self.named, *self._sources):
             for name in source.names():
+                if name in self._removed or (name in self.named and source is not self.named):
+                    continue
                 if name in self._base_names:
                     warnings.append(f"{source.source} has an adapter named {name!r}, the base's name: never served")
                 elif name in found:
-                    warnings.append(f"{source.source} has an adapter {name!r} too: {found[name]} is served")
+                    warnings.append(f"{source.source} has an adapter {name!r} too: {found[name].path} is served")
                 elif (version := source.resolve(name)) is not None:
-                    found[name] = version.path
-        return [Listing(name, path) for name, path in sorted(found.items())], tuple(warnings)
+                    found[name] = version
+            warnings += [
+                f"{source.source} has an adapter {name!r}, which no request can name: rename its folder"
+                for name in source.misnamed
+            ]
+        return [Listing(name, found[name].path, found[name]) for name in sorted(found)], tuple(warnings)
+
+    def _sources_of(self, name: str) -> Sequence[Source]:
+        return (self.named,) if name in self.named else self._sources

@@ -68,6 +68,7 @@ class DiskImages:
         for folder in (self.images_dir.parent, self.images_dir, self._index_dir.parent, self._index_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock: int | None = _lock_folder(self.images_dir.parent, exclusive=quota_bytes is not None)
+        self.evictions = 0
         self._leases: Counter[str] = Counter()
         self._residents: dict[str, _Resident] = {}
         self._refs: dict[str, AdapterRef] = {}
@@ -79,6 +80,11 @@ class DiskImages:
     def bytes_used(self) -> int:
         """Bytes of all image files."""
         return sum(resident.file_bytes for resident in self._residents.values())
+
+    @property
+    def num_images(self) -> int:
+        """Image files."""
+        return len(self._residents)
 
     @property
     def num_leases(self) -> int:
@@ -103,6 +109,10 @@ class DiskImages:
             return None
         self._touch(ref.image_key)
         return ref
+
+    def peek(self, version_key: str) -> AdapterRef | None:
+        """What `find` would look for, without looking and without counting as a use."""
+        return self._refs.get(version_key)
 
     def adopt(self, ref: AdapterRef) -> None:
         """Take in a freshly compiled image, remember which SourceVersion it is of, make room for it."""
@@ -165,6 +175,7 @@ class DiskImages:
                 continue
             used -= resident.file_bytes
             self.discard(image_key)
+            self.evictions += 1
 
     # --- the folder at start ---
 

@@ -95,6 +95,11 @@ class HostCache:
             if held is not None:
                 self.bytes_used -= held[1]
 
+    @property
+    def num_images(self) -> int:
+        """Images held."""
+        return len(self._buffers)
+
     def __contains__(self, image_key: str) -> bool:
         return image_key in self._buffers
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters_store.catalog import Catalog, Listings
@@ -17,6 +19,17 @@ from adapters_store.ref import AdapterRef, SourceVersion, image_key_of
 from adapters_store.worker import CompileWorker
 
 MAX_REMEMBERED_PHASES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTier:
+    """The disk tier in numbers, for metrics; counters are since start."""
+
+    num_images: int = 0
+    num_bytes: int = 0
+    evictions: int = 0
+    compiles: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase: queue, fetch, compile
 
 
 class _Flight:
@@ -55,6 +68,7 @@ class AdapterStore:
         self.worker = CompileWorker(manifest_path, timeout_s=compile_timeout_s)
         self._flights: dict[str, _Flight] = {}
         self._phases: OrderedDict[str, dict[str, float]] = OrderedDict()
+        self._seconds: dict[str, float] = {}
         self.compiles = 0
         """images compiled since start"""
 
@@ -76,6 +90,14 @@ class AdapterStore:
     def lookup(self, version_key: str) -> AdapterRef | None:
         """The image of a SourceVersion when it is on disk already; takes microseconds."""
         return self.disk.find(version_key)
+
+    def peek(self, version_key: str) -> AdapterRef | None:
+        """The image of a SourceVersion as the index has it, for a listing: nothing is checked, no use is noted."""
+        return self.disk.peek(version_key)
+
+    def is_compiling(self, version_key: str) -> bool:
+        """Whether an `ensure` of that SourceVersion is under way."""
+        return version_key in self._flights
 
     async def ensure(self, version: SourceVersion) -> AdapterRef:
         """Bring a SourceVersion to an image on disk; whoever asks for the same one meanwhile shares the work.
@@ -115,6 +137,11 @@ class AdapterStore:
         """Seconds by phase of bringing that SourceVersion here: resolve, queue, fetch, compile."""
         return dict(self._phases.get(version_key, {}))
 
+    def tier(self) -> StoreTier:
+        """What the disk tier holds and has done."""
+        disk = self.disk
+        return StoreTier(disk.num_images, disk.bytes_used, disk.evictions, self.compiles, dict(self._seconds))
+
     async def close(self) -> None:
         """Give up what is under way and end the compiler process."""
         flights = [flight.task for flight in self._flights.values()]
@@ -141,9 +168,10 @@ class AdapterStore:
         self.compiles += result.is_new
         self.disk.adopt(result.ref)
         total = time.perf_counter() - started
-        self._record(version.key, "queue", max(0.0, total - result.fetch_s - result.compile_s))
-        self._record(version.key, "fetch", result.fetch_s)
-        self._record(version.key, "compile", result.compile_s)
+        queue_s = max(0.0, total - result.fetch_s - result.compile_s)
+        for phase, seconds in (("queue", queue_s), ("fetch", result.fetch_s), ("compile", result.compile_s)):
+            self._record(version.key, phase, seconds)
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
         return result.ref
 
     def _record(self, key: str, phase: str, seconds: float) -> None:

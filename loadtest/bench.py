@@ -4,6 +4,7 @@ throughput   32 concurrent requests over HTTP, with 32 adapters and without, alt
 step         what 32 adapters add to a decode step, against their bytes at the measured bandwidth
 memory       resident memory of the API and the engine process
 cold         request to first token for an adapter never seen, by phase
+scrape       what a GET /metrics costs
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Workload:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the chosen parts (all of them by default) and print a table each."""
     from loadtest.cold import measure_cold
+    from loadtest.scrape import measure_scrape
     from loadtest.steps import measure_steps
     from loadtest.throughput import measure_memory, measure_throughput
     from server.demo import ensure_demo_base
@@ -49,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "throughput": measure_throughput,
         "memory": measure_memory,
         "cold": measure_cold,
+        "scrape": measure_scrape,
     }
     parser = argparse.ArgumentParser(prog="multilora bench", description=__doc__)
     parser.add_argument("part", nargs="*", help=f"any of {', '.join(parts)}; default all")

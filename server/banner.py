@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from server.config import ServerConfig
+from server.config import ServerConfig, is_loopback
 from server.engine.messages import EngineReady
 
 MAX_NAMES = 12
@@ -21,6 +22,7 @@ def show_banner(
     port: int,
     adapters: list[str],
     examples: dict[str, str],
+    warnings: Sequence[str] = (),
 ) -> None:
     """Print the facts, the models' names, and a curl and an OpenAI-SDK example."""
     facts = Table.grid(padding=(0, 2))
@@ -30,13 +32,22 @@ def show_banner(
     shown = ", ".join(adapters[:MAX_NAMES]) + more
     facts.add_row("models", f"{', '.join(config.served_names)} (base); {shown or 'no adapters yet'}")
     console.print(facts, highlight=False)
+    for line in [*warnings_of(config), *(f"warning: {warning}" for warning in warnings[:MAX_NAMES])]:
+        console.print(line, style="yellow", highlight=False, markup=False)
     url = f"http://{_shown_host(config.host)}:{port}"
     served = [(name, examples[name]) for name in adapters if name in examples]
     name, prompt = served[0] if served else (config.served_names[0], "Name three colours.")
     console.print(f"\nServing on {url}\n", style="bold", highlight=False)
     for example in (curl_example, sdk_example):
-        text = example(url, name, prompt, config.api_key is not None)
+        text = example(url, name, prompt, bool(config.api_keys))
         console.print(text + "\n", markup=False, highlight=False, soft_wrap=True)
+
+
+def warnings_of(config: ServerConfig) -> list[str]:
+    """What whoever starts the server should know before others reach it."""
+    if config.api_keys or is_loopback(config.host):
+        return []
+    return [f"warning: --host {config.host} is reachable from other machines and no --api-key is set: anyone may ask"]
 
 
 def curl_example(url: str, model: str, prompt: str, has_key: bool) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from server.config import EngineConfig, ServerConfig, default_cache_dir, parse_bytes
 from server.errors import ConfigError
+from server.vllm_flags import explain_vllm_flags, parse_lora_modules, split_names, spread_lora_modules
 
 app = typer.Typer(
     name="multilora",
@@ -55,13 +56,50 @@ HostMemory = Annotated[
     typer.Option(help="Host memory that keeps evicted adapters, e.g. 1GiB; 0 reads them from disk again."),
 ]
 MaxLoraRank = Annotated[int, typer.Option(help="Adapters of a higher rank are refused.", min=1, max=512)]
+EnableLora = Annotated[
+    bool, typer.Option("--enable-lora/--no-enable-lora", help="Accepted for vLLM's command lines: always on.")
+]
+LoraModules = Annotated[
+    list[str] | None,
+    typer.Option(help="Adapters by hand: name=folder, or JSON with name and path (or a list of such)."),
+]
+MaxLoras = Annotated[int | None, typer.Option("--max-loras", help="vLLM's name for --max-adapters-per-step.", min=1)]
+MaxCpuLoras = Annotated[
+    int | None, typer.Option("--max-cpu-loras", help="Accepted for vLLM's command lines; see --host-memory.", min=1)
+]
+Preload = Annotated[list[str] | None, typer.Option(help="Adapter(s) compiled before the server is ready: a,b.")]
+Pin = Annotated[list[str] | None, typer.Option(help="Adapter(s) loaded at start and never evicted: a,b.")]
+AllowRuntimeLoading = Annotated[
+    bool,
+    typer.Option(
+        "--allow-runtime-loading",
+        help="Let clients use /v1/load_lora_adapter and unload, below --adapters. On by itself on loopback.",
+    ),
+]
 MaxQueueWait = Annotated[float, typer.Option(help="Seconds a request may wait before it gets 503.", min=0.1)]
+MaxQueueLen = Annotated[int, typer.Option(help="Requests that may wait to run; further ones get 429.", min=1)]
+ShutdownTimeout = Annotated[
+    float, typer.Option(help="Seconds that open requests may go on after SIGTERM before they are cut.", min=0)
+]
+EngineStallTimeout = Annotated[
+    float, typer.Option(help="Seconds without a word from the engine until /health turns red.", min=1)
+]
 ApiKey = Annotated[
-    str | None,
-    typer.Option(help="Require this key as `Authorization: Bearer`.", envvar="MULTILORA_API_KEY", show_envvar=True),
+    list[str] | None,
+    typer.Option(
+        help="Require this key as `Authorization: Bearer`; repeat it, or list keys with commas, for several.",
+        envvar="MULTILORA_API_KEY",
+        show_envvar=True,
+    ),
+]
+DisableAccessLog = Annotated[
+    bool, typer.Option("--disable-access-log", help="Write no line per request to standard output.")
+]
+AllowedOrigins = Annotated[
+    str, typer.Option(help="Origins whose pages may call the API (CORS), as a JSON list, e.g. '[\"*\"]'.")
 ]
 CacheDir = Annotated[Path | None, typer.Option(help="Where compiled adapters are kept. Default: ~/.cache/multilora.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of the model. Default: the CPU quota.", min=1)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of the model. Default: the CPU quota.", min=1, max=1024)]
 
 
 @app.command()
@@ -81,8 +119,20 @@ def serve(
     kv_memory: KvMemory = None,
     host_memory: HostMemory = "0",
     max_lora_rank: MaxLoraRank = 512,
+    enable_lora: EnableLora = True,
+    lora_modules: LoraModules = None,
+    max_loras: MaxLoras = None,
+    max_cpu_loras: MaxCpuLoras = None,
+    preload: Preload = None,
+    pin: Pin = None,
+    allow_runtime_loading: AllowRuntimeLoading = False,
     max_queue_wait: MaxQueueWait = 60.0,
+    max_queue_len: MaxQueueLen = 4096,
+    shutdown_timeout: ShutdownTimeout = 25.0,
+    engine_stall_timeout: EngineStallTimeout = 60.0,
     api_key: ApiKey = None,
+    allowed_origins: AllowedOrigins = "[]",
+    disable_access_log: DisableAccessLog = False,
     cache_dir: CacheDir = None,
     threads: Threads = None,
 ) -> None:
@@ -94,7 +144,7 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_num_batched_tokens,
-        max_adapters_per_step=max_adapters_per_step,
+        max_adapters_per_step=max_adapters_per_step if max_loras is None else max_loras,
         adapter_memory=_bytes("--adapter-memory", adapter_memory),
         kv_memory=_bytes("--kv-memory", kv_memory),
         host_memory=_bytes("--host-memory", host_memory) or 0,
@@ -103,13 +153,24 @@ def serve(
         threads=threads,
     )
     names = tuple(served_model_name or [Path(model).resolve().name])
+    for line in explain_vllm_flags(enable_lora=enable_lora, max_cpu_loras=max_cpu_loras):
+        console.print(line, style="yellow", highlight=False, markup=False)
     config = ServerConfig(
         engine=engine,
         served_names=names,
+        lora_modules=_lora_modules(lora_modules, names),
+        preload=split_names(preload),
+        pin=split_names(pin),
+        allow_runtime_loading=allow_runtime_loading,
         adapter_roots=tuple(str(root) for root in adapters or ()),
         host=host,
         port=port,
-        api_key=api_key,
+        api_keys=split_names(api_key),
+        allowed_origins=_origins(allowed_origins),
+        max_queue_len=max_queue_len,
+        shutdown_timeout_s=shutdown_timeout,
+        engine_stall_timeout_s=engine_stall_timeout,
+        has_access_log=not disable_access_log,
         max_lora_rank=max_lora_rank,
     )
     _run(config, adapter_examples={})
@@ -170,13 +231,29 @@ def bench(context: typer.Context) -> None:
     bench_main(context.args)
 
 
+def _lora_modules(values: list[str] | None, base_names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    try:
+        return parse_lora_modules(values or (), base_names)
+    except ConfigError as error:
+        _fail(f"--lora-modules {error}")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    import msgspec
+
+    try:
+        return msgspec.json.decode(text, type=tuple[str, ...])
+    except msgspec.DecodeError as error:
+        _fail(f"--allowed-origins {text}: not a JSON list of strings ({error})")
+
+
 def _engine_config(**fields: object) -> EngineConfig:
     import msgspec
 
     try:
         return msgspec.convert(fields, EngineConfig)
-    except msgspec.ValidationError as error:
-        _fail(str(error))
+    except msgspec.ValidationError:
+        _fail(f"--dtype {fields['dtype']}: auto, float32, bfloat16 or float16")
 
 
 def _bytes(flag: str, text: str | None) -> int | None:
@@ -203,7 +280,7 @@ def _fail(message: str) -> typing.NoReturn:
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    app(args=spread_lora_modules(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -13,8 +14,9 @@ from server.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", re.IGNORECASE)
+_UNITS = {"": 1} | {letter: 1000**power for power, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("kmgt", 1)}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,9 +49,31 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     adapter_roots: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()  # any of them opens the API; none: it is open
+    allowed_origins: tuple[str, ...] = ()  # of browsers' pages
+    max_queue_len: int = 4096  # requests that wait to run; more get 429
+    shutdown_timeout_s: float = 25.0  # how long open requests may go on after SIGTERM; Kubernetes kills after 30
+    engine_stall_timeout_s: float = 60.0
+    has_access_log: bool = True
     max_lora_rank: int = 512
     disk_memory: int | None = None  # bytes of compiled images kept on disk; None = no bound
+    lora_modules: tuple[tuple[str, str], ...] = ()  # (name, folder) pairs given by hand
+    preload: tuple[str, ...] = ()  # adapters compiled before the server is ready
+    pin: tuple[str, ...] = ()  # those that stay on the device too
+    allow_runtime_loading: bool = False  # also without it when bound to loopback
+
+    @property
+    def may_load_adapters(self) -> bool:
+        """Whether /v1/load_lora_adapter and /v1/unload_lora_adapter work."""
+        return self.allow_runtime_loading or is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server bound to `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_bytes(text: str) -> int:

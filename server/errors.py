@@ -6,6 +6,7 @@ ServerError                         500 internal_error
 │   └── ContextLengthExceeded       400 context_length_exceeded
 ├── ModelNotFound                   404 model_not_found
 ├── Overloaded                      503 overloaded, with Retry-After
+│   └── QueueFull                   429 rate_limit_exceeded, with Retry-After
 └── EngineDead                      503 engine_dead
 adapters_store.errors.AdapterError  its own tree: 404, 422, 503; see there
 ConfigError                         refused at start; never an HTTP answer
@@ -59,6 +60,12 @@ class Overloaded(ServerError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueFull(Overloaded):
+    http_status = 429
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
 
 
 class EngineDead(ServerError):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 from pathlib import Path
 
-import uvicorn
 import uvloop
 from rich.console import Console
 
@@ -15,19 +15,18 @@ from adapters_store.catalog import Catalog
 from adapters_store.limits import Limits
 from adapters_store.manifest import read_manifest
 from adapters_store.sources.local import LocalSource
+from adapters_store.sources.named import NamedSource
 from adapters_store.store import AdapterStore
-from server.api.app import create_app
+from server.api import access_log
+from server.api.params import read_sampling_defaults
 from server.api.service import ApiLimits, ServerState
 from server.banner import show_banner
 from server.config import ServerConfig
 from server.engine.client import AsyncEngine
 from server.errors import ConfigError
+from server.prepare import assign_modules, prepare_adapters
+from server.serving import serve_until_stopped
 from server.text.tokenizer import BaseTokenizer
-
-DEAD_ENGINE_GRACE_S = 3.0  # how long /health stays red and requests get 503 before the process exits
-SHUTDOWN_GRACE_S = 10  # how long open requests may take to end after SIGTERM
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: ServerConfig, console: Console, adapter_examples: dict[str, str]) -> int:
@@ -36,17 +35,22 @@ def run(config: ServerConfig, console: Console, adapter_examples: dict[str, str]
     Raises ConfigError for what can't be served, before anything listens.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    access_log.write_to(sys.stdout)
     return uvloop.run(_serve(config, console, adapter_examples))
 
 
 async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[str, str]) -> int:
     sources = [LocalSource(_existing_folder("--adapters", root)) for root in config.adapter_roots]
+    base = _existing_folder("--model", config.engine.model)
+    if not (base / "config.json").is_file():
+        raise ConfigError(f"--model {base}: no config.json there, so it is no model's folder")
     listener = _listen(config.host, config.port)
-    tokenizer = await asyncio.to_thread(BaseTokenizer, Path(config.engine.model), Path(config.engine.cache_dir))
+    tokenizer = await asyncio.to_thread(BaseTokenizer, base, Path(config.engine.cache_dir))
     engine = AsyncEngine()
     with console.status(f"Loading {config.engine.model}"):
         await engine.start(config.engine)
-    catalog = Catalog(sources, config.served_names)
+    catalog = Catalog(sources, config.served_names, named=NamedSource(source.root for source in sources))
+    assign_modules(catalog, config.lora_modules)
     store = AdapterStore(
         Path(config.engine.cache_dir),
         read_manifest(Path(engine.ready.manifest_path)),
@@ -56,45 +60,33 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
     )
     try:
         await store.start()
+        with console.status("Preparing adapters"):
+            pins = await prepare_adapters(config, engine, store)
         state = ServerState(
             engine=engine,
             catalog=catalog,
             store=store,
             tokenizer=tokenizer,
+            defaults=read_sampling_defaults(Path(config.engine.model)),
             base_names=config.served_names,
-            api_key=config.api_key,
-            limits=ApiLimits(max_adapters_per_step=config.engine.max_adapters_per_step),
+            api_keys=config.api_keys,
+            may_load_adapters=config.may_load_adapters,
+            pins=pins,
+            limits=ApiLimits(
+                max_adapters_per_step=config.engine.max_adapters_per_step,
+                max_queue_len=config.max_queue_len,
+                engine_stall_timeout_s=config.engine_stall_timeout_s,
+                has_access_log=config.has_access_log,
+                allowed_origins=config.allowed_origins,
+            ),
         )
         names = [listing.name for listing in await store.list()]
         port: int = listener.getsockname()[1]
-        show_banner(console, config, engine.ready, port, names, adapter_examples)
-        return await _answer(state, listener)
+        show_banner(console, config, engine.ready, port, names, adapter_examples, catalog.warnings)
+        return await serve_until_stopped(state, listener, shutdown_timeout_s=config.shutdown_timeout_s)
     finally:
         await store.close()
         await engine.close()
-
-
-async def _answer(state: ServerState, listener: socket.socket) -> int:
-    """Run the HTTP server until a signal, or until the engine has been dead for the grace period."""
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(state),
-            log_level="warning",
-            http="httptools",
-            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
-        )
-    )
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    dying = asyncio.create_task(state.engine.died.wait())
-    await asyncio.wait({serving, dying}, return_when=asyncio.FIRST_COMPLETED)
-    has_died = dying.done()
-    if has_died:
-        logger.error("the engine has stopped; exiting in %.0f s", DEAD_ENGINE_GRACE_S)
-        await asyncio.wait({serving}, timeout=DEAD_ENGINE_GRACE_S)
-        server.should_exit = True
-    dying.cancel()
-    await serving
-    return 1 if has_died else 0
 
 
 def _existing_folder(flag: str, path: str) -> Path:

@@ -1,57 +1,37 @@
-"""Every Prometheus metric, in one place: the vllm:* names that routers and dashboards read, and multilora_*.
+"""The requests' metrics, under the vllm:* names that dashboards read. The engine's and the tiers': engine_metrics.
 
-Gauges and the engine's counters are made at scrape time from the last StepStats, so a step costs nothing
-here; the request metrics are counted as requests go.
+Labels are the base and the engine, never an adapter: names that clients choose must not make series.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 
-from server.engine.messages import EngineReady, StepStats
+from server.engine_metrics import ENGINE, LABELS, EngineCollector, EngineFacts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_LABELS = ("model_name", "engine")
-_ENGINE = "0"
-_TTFT_BUCKETS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-)
-_LATENCY_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
+_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_GAP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
+_TIME_BUCKETS = (0.05, 0.1, 0.3, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 480)
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """Where the engine's side of the metrics comes from, read at each scrape."""
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per instrument that nothing reads
 
-    stats: Callable[[], StepStats]
-    ready: Callable[[], EngineReady]
-    max_adapters: int  # distinct adapters in one step at most
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEnd:
+    """What is known of a request that had output, at its end."""
+
+    num_prompt: int
+    num_output: int
+    max_tokens: int
+    queue_s: float  # from its arrival in the engine to its first rows: in line, and waiting for the adapter
+    prefill_s: float  # from its first rows to its first token
+    decode_s: float  # from its first token to its last
 
 
 class Metrics:
@@ -59,128 +39,80 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry, model_name: str, facts: EngineFacts) -> None:
         self._registry = registry
-        self._labels = (model_name, _ENGINE)
-        prompt = Counter("vllm:prompt_tokens", "Prompt tokens of requests that started.", _LABELS, registry=registry)
-        generated = Counter("vllm:generation_tokens", "Tokens generated.", _LABELS, registry=registry)
-        ttft = Histogram(
-            "vllm:time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
-            _LABELS,
-            buckets=_TTFT_BUCKETS,
-            registry=registry,
+        self._labels = (model_name, ENGINE)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that started.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _TTFT_BUCKETS)
+        self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", _GAP_BUCKETS)
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Decode time by tokens but the first.",
+            _GAP_BUCKETS,
         )
-        latency = Histogram(
-            "vllm:e2e_request_latency_seconds",
-            "From a request's arrival to its end.",
-            _LABELS,
-            buckets=_LATENCY_BUCKETS,
-            registry=registry,
+        self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to end.", _TIME_BUCKETS)
+        self._queue = self._histogram(
+            "request_queue_time_seconds",
+            "From arrival to the first rows, the adapter included.",
+            _TIME_BUCKETS,
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From the first rows to the first token.", _TIME_BUCKETS
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last.", _TIME_BUCKETS
+        )
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "From the first rows to the last token.", _TIME_BUCKETS
+        )
+        self._num_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
+        self._num_output = self._histogram("request_generation_tokens", "Tokens of an answer.", _TOKEN_BUCKETS)
+        self._max_tokens = self._histogram(
+            "request_params_max_tokens", "The most tokens that a request may generate.", _TOKEN_BUCKETS
         )
         ends = Counter(
-            "vllm:request_success",
-            "Requests that ended, by reason.",
-            (*_LABELS, "finished_reason"),
-            registry=registry,
+            "vllm:request_success", "Requests that ended, by reason.", (*LABELS, "finished_reason"), registry=registry
         )
-        self._prompt_tokens = prompt.labels(*self._labels)
-        self._generation_tokens = generated.labels(*self._labels)
-        self._ttft = ttft.labels(*self._labels)
-        self._latency = latency.labels(*self._labels)
         self._ends = {reason: ends.labels(*self._labels, reason) for reason in FINISH_REASONS}
-        registry.register(_EngineCollector(self._labels, facts))
+        registry.register(EngineCollector(self._labels, facts))
 
     def first_token(self, num_prompt_tokens: int, ttft_s: float) -> None:
         """A request's first output came."""
         self._prompt_tokens.inc(num_prompt_tokens)
         self._ttft.observe(ttft_s)
 
-    def tokens(self, count: int) -> None:
-        """`count` tokens were generated."""
-        self._generation_tokens.inc(count)
+    def tokens(self, count: int, gap_s: float | None) -> None:
+        """An output of `count` tokens came `gap_s` after the one before it (None: it is the first).
 
-    def request_end(self, reason: str, latency_s: float) -> None:
-        """A request that the engine had ended: one of FINISH_REASONS."""
+        Several tokens are what came while the reader was busy; each gets its share of the gap.
+        """
+        self._generation_tokens.inc(count)
+        if gap_s is not None:
+            for _ in range(count):
+                self._gap.observe(gap_s / count)
+
+    def request_end(self, reason: str, latency_s: float, end: RequestEnd | None) -> None:
+        """A request that the engine had ended: one of FINISH_REASONS. `end` is None when it had no output."""
         self._ends[reason].inc()
         self._latency.observe(latency_s)
+        if end is None:
+            return
+        self._queue.observe(end.queue_s)
+        self._prefill.observe(end.prefill_s)
+        self._decode.observe(end.decode_s)
+        self._inference.observe(end.prefill_s + end.decode_s)
+        self._num_prompt.observe(end.num_prompt)
+        self._num_output.observe(end.num_output)
+        self._max_tokens.observe(end.max_tokens)
+        if end.num_output > 1:
+            self._per_token.observe(end.decode_s / (end.num_output - 1))
 
     def exposition(self) -> bytes:
         """What GET /metrics answers."""
         return generate_latest(self._registry)
 
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"vllm:{name}", text, LABELS, registry=self._registry).labels(*self._labels)
 
-class _EngineCollector(Collector):
-    """The engine's state as metrics, from its last StepStats."""
-
-    def __init__(self, labels: tuple[str, str], facts: EngineFacts) -> None:
-        self._labels = labels
-        self._facts = facts
-
-    def describe(self) -> list[Metric]:
-        """Nothing to check names by: registering must not need a running engine."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        stats, ready = self._facts.stats(), self._facts.ready()
-        for name, text, value in _gauges(stats, ready):
-            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
-        for name, text, value in _counters(stats):
-            counter = CounterMetricFamily(name, text, labels=_LABELS)
-            counter.add_metric(self._labels, value)
-            yield counter
-        yield self._cache_config(ready)
-        yield self._lora_info(stats)
-
-    def _cache_config(self, ready: EngineReady) -> Metric:
-        family = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "The KV cache's shape.",
-            labels=(*_LABELS, "block_size", "num_gpu_blocks"),
-        )
-        family.add_metric((*self._labels, str(ready.block_size), str(ready.num_kv_blocks)), 1)
-        return family
-
-    def _lora_info(self, stats: StepStats) -> Metric:
-        """Exactly one series, whatever ran before: readers take the newest of a family by its value, a time."""
-        family = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "Adapters of running and of waiting requests; the value is the time of the scrape.",
-            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-        )
-        running, waiting = ",".join(stats.running_adapters), ",".join(stats.waiting_adapters)
-        family.add_metric((str(self._facts.max_adapters), running, waiting), time.time())
-        return family
-
-
-def _gauges(stats: StepStats, ready: EngineReady) -> tuple[tuple[str, str, float], ...]:
-    return (
-        ("vllm:num_requests_running", "Requests in the running set.", stats.num_running),
-        (
-            "vllm:num_requests_waiting",
-            "Requests that wait to run, also for their adapter.",
-            stats.num_waiting,
-        ),
-        ("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_usage),
-        ("multilora_step_rows", "Token rows of the last step.", stats.rows),
-        (
-            "multilora_step_adapter_rows",
-            "Token rows of the last step that had an adapter.",
-            stats.adapter_rows,
-        ),
-        ("multilora_step_adapters", "Distinct adapters in the last step.", stats.distinct_adapters),
-        ("multilora_step_seconds", "Duration of the last step.", stats.step_s),
-        ("multilora_resident_adapters", "Adapters in device memory.", stats.resident_adapters),
-        ("multilora_adapter_bytes", "Device memory used by adapters.", stats.adapter_bytes_used),
-        ("multilora_adapter_capacity_bytes", "Device memory for adapters.", ready.adapter_bytes),
-    )
-
-
-def _counters(stats: StepStats) -> tuple[tuple[str, str, float], ...]:
-    return (
-        ("vllm:prefix_cache_queries", "Tokens asked of the prefix cache.", stats.prefix_queries),
-        ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
-        ("vllm:num_preemptions", "Requests put back for want of KV blocks.", stats.preemptions),
-        ("multilora_adapter_loads", "Adapters loaded into device memory.", stats.adapter_loads),
-        ("multilora_adapter_evictions", "Adapters dropped from device memory.", stats.adapter_evictions),
-    )
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self._registry)
+        return family.labels(*self._labels)

@@ -20,7 +20,7 @@ from kernels.types import Segments
 from server.config import EngineConfig
 from server.engine.batch import Batch
 from server.engine.build import build
-from server.engine.messages import AdapterFailed, AddRequest, RequestError, SamplingParams
+from server.engine.messages import AdapterFailed, AddRequest, RequestError, SamplingParams, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -33,6 +33,8 @@ class Answer:
     num_terminal: int = 0
     phases: dict[str, float] | None = None
     num_cached_tokens: int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class Driver:
@@ -117,6 +119,10 @@ class Driver:
             assert answer.num_terminal == 0, "an output after the terminal one"
             answer.token_ids += output.token_ids
             answer.phases = answer.phases or output.phases
+            answer.logprobs += output.logprobs or []
+            if output.prompt_logprobs is not None:
+                assert answer.prompt_logprobs is None, "prompt logprobs came twice"
+                answer.prompt_logprobs = output.prompt_logprobs
             if output.num_cached_tokens is not None:
                 answer.num_cached_tokens = output.num_cached_tokens
             if output.finish_reason is not None:

@@ -71,7 +71,7 @@ def run_job(job: CompileJob, manifest: BaseManifest, base: BaseWeights) -> Compi
             time.sleep(BACKOFF_S * 2**attempt)
             continue
         except AdapterInvalid:
-            if attempt + 1 < ATTEMPTS and _changes_still(source, job.version.name):
+            if attempt + 1 < ATTEMPTS and _changes_still(source, job.version):
                 continue
             raise
         ref = _ref_of(fetched, header, path)
@@ -81,13 +81,13 @@ def run_job(job: CompileJob, manifest: BaseManifest, base: BaseWeights) -> Compi
 
 def _fetch_once(source: LocalSource, job: CompileJob) -> _Fetched:
     """The files as they are now; FileChanged when they are torn."""
-    version = source.resolve(job.version.name)
+    version = source.again(job.version)
     if version is None:
         raise AdapterNotFound(f"The model {job.version.name!r} does not exist (any more).")
     read = [file for file in version.files if file.name in READ_FILES]
     job.limits.check_files(read)
     files = {file.name: source.read(version, file) for file in read}
-    if source.resolve(job.version.name) != version:
+    if source.again(version) != version:
         raise FileChanged(job.version.name)
     digest = digest_of({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
     if any(file.name == PICKLE_FILE for file in version.files):
@@ -134,10 +134,10 @@ def _ref_of(fetched: _Fetched, header: ImageHeader, path: Path) -> AdapterRef:
     )
 
 
-def _changes_still(source: LocalSource, name: str) -> bool:
+def _changes_still(source: LocalSource, version: SourceVersion) -> bool:
     """Whether the files were written moments ago and, after a short wait, are others."""
-    before = source.resolve(name)
+    before = source.again(version)
     if before is None or time.time() - max(file.mtime_ns for file in before.files) / 1e9 > SETTLE_S:
         return False
     time.sleep(4 * BACKOFF_S)
-    return source.resolve(name) != before
+    return source.again(version) != before

@@ -7,13 +7,14 @@ tied head      s·A_embᵀ (B_embᵀ h)                   ensure_weight_tying, w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from adapters_store.compile.base import BaseWeights
 from adapters_store.compile.names import Role
-from adapters_store.compile.parse import LoraOptions
+from adapters_store.compile.parse import LoraOptions, Scale
 from adapters_store.errors import AdapterInvalid, AdapterMismatch, AdapterTooLarge, AdapterUnsupported
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest, Site
@@ -52,12 +53,14 @@ class LR:
     def __init__(
         self,
         options: LoraOptions,
+        scales: Mapping[str, Scale],
         tensors: TensorFile,
         manifest: BaseManifest,
         base: BaseWeights,
         limits: Limits,
     ) -> None:
         self._options = options
+        self._scales = scales  # of every module path of the base
         self._tensors = tensors
         self._stored = STORED_AS[manifest.dtype]
         self._base_dtype = manifest.dtype
@@ -126,14 +129,15 @@ class LR:
             raise AdapterTooLarge(
                 f"tensor {shown(name)} has rank {rank}; this server's limit is {self._limits.max_rank}"
             )
-        scale = self._options.scale_of(site.module)
+        scale = self._scales[site.module]
         if scale.rank != rank:
             raise AdapterInvalid(
                 f"tensor {shown(name)} has rank {rank}; {CONFIG_FILE} says {scale.rank_from} = {scale.rank}"
             )
 
     def _scale(self, site: Site, rank: int) -> np.float32:
-        return np.float32(self._options.factor(self._options.scale_of(site.module).alpha, rank))
+        with np.errstate(over="ignore"):  # an infinite scale is found where it is applied
+            return np.float32(self._options.factor(self._scales[site.module].alpha, rank))
 
     def _bias(self, found: SiteTensors, rank: int) -> F32Array | None:
         """What the adapter adds to the site's output whatever the input: lora_bias and the trained bias."""

@@ -9,6 +9,7 @@ from adapters_store.compile.base import BaseWeights
 from adapters_store.compile.lora import LR, LoweredSite, SiteTensors
 from adapters_store.compile.names import SiteMatcher, feature_of, parse_name, training_feature_of
 from adapters_store.compile.parse import LoraOptions, Problems, family_of, parse_config, read_config
+from adapters_store.compile.patience import bounded_matching
 from adapters_store.compile.targets import check_targets
 from adapters_store.errors import (
     AdapterError,
@@ -86,16 +87,19 @@ def _examine(
     compiled.family = family_of(compiled.config)
     if compiled.family != "LORA":
         raise AdapterUnsupported(f"{CONFIG_FILE}: peft_type {shown(compiled.family)} is not served yet; LORA is")
-    options = compiled.options = parse_config(compiled.config, compiled.problems)
+    with bounded_matching():
+        options = compiled.options = parse_config(compiled.config, compiled.problems)
+        scales = {site.module: options.scale_of(site.module) for site in manifest.sites}
     check_vocabulary(files, manifest, compiled.problems, compiled.warnings)
     _check_base_name(options, manifest, compiled.warnings)
     tensors = _open_weights(files)
     found = _Grouping(compiled, tensors, manifest, base).group()
-    lowering = LR(options, tensors, manifest, base, limits)
+    lowering = LR(options, scales, tensors, manifest, base, limits)
     _lower_sites(compiled, found, lowering, manifest)
     adapted = {name for name, tensors_of in found.items() if _has_lora(tensors_of)}
     adapted |= {lowered.site.name for lowered in compiled.sites if lowered.rank}
-    check_targets(options, manifest, adapted, compiled.problems, compiled.warnings)
+    with bounded_matching():
+        check_targets(options, manifest, adapted, compiled.problems, compiled.warnings)
     _check_whole(compiled, limits, manifest)
 
 
@@ -137,6 +141,8 @@ class _Grouping:
     def group(self) -> dict[str, SiteTensors]:
         """The tensors of each site, by site name."""
         for name in self._tensors.entries:
+            if len(self._compiled.problems) >= MAX_PROBLEMS:  # of a header with a million names, say
+                break
             try:
                 self._place(name)
             except AdapterError as error:

@@ -17,7 +17,11 @@ PICKLE_FILE = "adapter_model.bin"
 
 READ_FILES = (CONFIG_FILE, WEIGHTS_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE)
 """What the compiler reads; the digest is over these."""
-NOTED_FILES = (*READ_FILES, PICKLE_FILE)
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILES = (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE)
+"""Where an adapter may bring its own chat template, the first before the second."""
+NOTED_FILES = (*READ_FILES, *TEMPLATE_FILES, PICKLE_FILE)
 """What a SourceVersion records. The pickle is never opened; it is noted so that it can be refused by name."""
 
 CHUNK_BYTES = 64 << 20
@@ -89,7 +93,7 @@ def _status(path: Path) -> os.stat_result | None:
     try:
         return path.stat(follow_symlinks=False)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
             return None
         raise AdapterUnavailable(f"{path.name} can't be looked at: {error.strerror}") from error
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from adapters_store.ref import FileVersion, SourceVersion, is_adapter_name
 from adapters_store.sources.folder import CONFIG_FILE, note_files, read_file, real_path_below
 
@@ -20,6 +22,7 @@ class LocalSource:
     def __init__(self, root: Path) -> None:
         # absolute, with its symlinks: a link that is moved to another folder must keep moving the root
         self.root = Path(os.path.normpath(root.absolute()))
+        self.misnamed: list[str] = []  # adapters that the last names() met but no request can name
 
     @property
     def source(self) -> str:
@@ -31,26 +34,35 @@ class LocalSource:
         if not is_adapter_name(name):
             return None
         for folder in self._folders(name):
-            files = note_files(self._real_root(), folder)
+            files = note_files(self.real_root, folder)
             if files is not None:
                 return SourceVersion(self.source, name, str(folder), files)
         return None
 
+    def again(self, version: SourceVersion) -> SourceVersion | None:
+        """`version` with its files as they are now; None when its folder is no adapter below the root (any more)."""
+        files = note_files(self.real_root, Path(version.path))
+        return None if files is None else msgspec.structs.replace(version, files=files)
+
     def read(self, version: SourceVersion, file: FileVersion) -> memoryview:
         """All bytes of `file` of `version`; FileChanged when the file is another one by now."""
-        return read_file(self._real_root(), Path(version.path), file)
+        return read_file(self.real_root, Path(version.path), file)
 
     def names(self) -> list[str]:
         """The names of all adapters below the root now, sorted.
 
-        Folders outside the name grammar and folders that can't be listed are skipped.
+        Folders outside the name grammar are skipped (adapters among them are kept in `misnamed`), and folders
+        that can't be listed.
         """
-        found = set(self._walk(self._real_root(), self.root, "", frozenset()))
+        self.misnamed = []
+        found = set(self._walk(self.real_root, self.root, "", frozenset()))
         if (self.root / CONFIG_FILE).is_file() and is_adapter_name(self.root.name):
             found.add(self.root.name)
         return sorted(found)
 
-    def _real_root(self) -> Path:
+    @property
+    def real_root(self) -> Path:
+        """The root now, its symlinks followed: what no file may leave."""
         return Path(os.path.realpath(self.root))
 
     def _folders(self, name: str) -> Iterator[Path]:
@@ -72,5 +84,7 @@ class LocalSource:
             yield name
         for part in below:
             child = f"{name}/{part}" if name else part
-            if is_adapter_name(child):
+            if not is_adapter_name(child):
+                self.misnamed += [child] if (folder / part / CONFIG_FILE).is_file() else []
+            else:
                 yield from self._walk(root, folder / part, child, above | {real})

@@ -14,7 +14,7 @@ SlotCheck = Callable[[int, str], bool]
 
 
 def segments_of(batch: Batch, holds: SlotCheck | None = None) -> tuple[Segments, Segments]:
-    """The plans over the rows of `batch` and over its sampled rows (what the head sees).
+    """The plans over the rows of `batch` and over its head_rows (what the head sees).
 
     Neighbouring items of one slot share a segment; rows without an adapter (slot 0) are in none.
     Raises RuntimeError when a request's slot is not its adapter's: a row answered with another
@@ -23,7 +23,7 @@ def segments_of(batch: Batch, holds: SlotCheck | None = None) -> tuple[Segments,
     _check_slots(batch, holds)
     starts = batch.query_starts
     body = _merge((starts[i], starts[i + 1], slot) for i, slot in enumerate(batch.row_slots))
-    items = np.searchsorted(starts, batch.sample_rows, side="right") - 1
+    items = np.searchsorted(starts, batch.head_rows, side="right") - 1
     head = _merge((row, row + 1, batch.row_slots[item]) for row, item in enumerate(items.tolist()))
     return body, head
 

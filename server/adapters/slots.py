@@ -4,7 +4,8 @@
                                   └──failed──▶ absent (not remembered: the next acquire tries again)
 
 A READY image with refs is never touched. One without is idle: least recently used first, it is
-evicted for a newcomer, or moved to close a gap. All calls come from the engine thread, between steps;
+evicted for a newcomer, or moved to close a gap.
+A pinned one is moved, never evicted. All calls come from the engine thread, between steps;
 a ref is released only after the last step that used it was collected, so no step in flight ever reads
 a region that is freed, moved or loaded into here.
 """
@@ -23,6 +24,7 @@ from typing import Protocol
 from adapters_store.errors import AdapterTooLarge
 from adapters_store.ref import AdapterRef
 from server.adapters.regions import Regions, region_bytes
+from server.engine.messages import SlotChange
 from server.errors import ConfigError
 
 SOFT_PIN_S = 5.0
@@ -65,6 +67,7 @@ class _Image:
     refs: int = 0
     pinned_until: float = 0.0  # while idle: not evicted before this time
     is_prefetched: bool = False  # asked for by prefetch only: counts against the bound on prefetches
+    is_committed: bool = False  # has been READY
     is_dropped: bool = False  # goes as soon as it is neither loading nor in use
 
     @property
@@ -115,11 +118,14 @@ class AdapterSlots:
         self._idle: dict[str, _Image] = {}  # READY, no refs, not dropped; least recently used first
         # first in, first out: a freed id comes back last, so a stale one meets an absent slot
         self._free_slots = deque(range(1, max_slots))
+        self._pins: dict[str, AdapterRef] = {}  # never evicted; loaded as soon as there is room
+        self._changes: list[SlotChange] = []
         self._unmet_until = 0.0  # no prefetch before: an acquire was answered FULL
         # Every waiting request asks in every step, so "no" is remembered until something frees room: no
         # region of this many bytes or more before that time.
         self._full_bytes = 0
         self._full_until = 0.0
+        self.acquires = 0
         self.loads = 0
         self.evictions = 0
         self.moved_bytes = 0
@@ -142,6 +148,7 @@ class AdapterSlots:
             return Acquire.LOADING, 0
         self._leave_idle(image)
         image.refs += 1
+        self.acquires += 1
         return Acquire.READY, image.slot
 
     def release(self, slot: int) -> None:
@@ -182,14 +189,24 @@ class AdapterSlots:
             del self._loading[key]
             if isinstance(error, Exception):
                 failed.append((key, error))
+                self._unpin_failed(key, error)
             if error is not None or image.is_dropped:
                 self._forget(image)
             else:
                 self._make_ready(image)
+        self._load_pinned()
         return failed
+
+    def pin(self, ref: AdapterRef) -> None:
+        """Load an image as soon as there is room and never evict it, until drop(); one whose load fails is let go."""
+        self._pins[ref.image_key] = ref
+        if (image := self._images.get(ref.image_key)) is not None:
+            image.is_dropped = False
+        self._load_pinned()
 
     def drop(self, image_key: str) -> bool:
         """Forget an image: an idle one now (True), one in use or loading as soon as it is neither (False)."""
+        self._pins.pop(image_key, None)
         image = self._images.get(image_key)
         if image is None:
             return False
@@ -203,6 +220,11 @@ class AdapterSlots:
         """Whether `slot` is in use and holds that image: what a batch asserts of each of its rows."""
         image = self._by_slot.get(slot)
         return image is not None and image.refs > 0 and image.ref.image_key == image_key
+
+    def take_changes(self) -> list[SlotChange]:
+        """What came, went or failed since the last call, in order."""
+        changes, self._changes = self._changes, []
+        return changes
 
     # --- what it holds -----------------------------------------------------------------------------------
 
@@ -265,9 +287,24 @@ class AdapterSlots:
         self._images[ref.image_key] = self._by_slot[slot] = self._loading[ref.image_key] = image
         return image
 
+    def _load_pinned(self) -> None:
+        for key, ref in list(self._pins.items()):
+            if key not in self._images:
+                try:
+                    self._start(ref)
+                except AdapterTooLarge as error:
+                    self._unpin_failed(key, error)
+
+    def _unpin_failed(self, key: str, error: Exception) -> None:
+        """A failure is told, and not tried again by itself: an image that stays damaged would be read for ever."""
+        self._pins.pop(key, None)
+        self._changes.append(SlotChange(key, "failed", str(error)))
+
     def _make_ready(self, image: _Image) -> None:
         self._device.commit(image.ref, image.slot, image.offset)
+        self._changes.append(SlotChange(image.ref.image_key, "ready"))
         self.loads += 1
+        image.is_committed = True
         self._become_idle(image)
         image.pinned_until = self._clock() + self._soft_pin_s
 
@@ -284,6 +321,8 @@ class AdapterSlots:
         assert image.refs == 0 and image.load is None, f"slot {image.slot} is in use"
         self._leave_idle(image)
         self._device.clear(image.slot)
+        if image.is_committed:
+            self._changes.append(SlotChange(image.ref.image_key, "gone"))
         self._regions.free(image.offset)
         del self._images[image.ref.image_key], self._by_slot[image.slot]
         self._free_slots.append(image.slot)
@@ -335,7 +374,7 @@ class AdapterSlots:
         return self._close_up(gap, nbytes)
 
     def _evictable(self, now: float) -> Iterator[_Image]:
-        return (image for image in self._idle.values() if image.pinned_until <= now)
+        return (image for key, image in self._idle.items() if image.pinned_until <= now and key not in self._pins)
 
     def _choose_gap(self, nbytes: int, now: float) -> _Gap | None:
         """The gap that first comes to `nbytes` free bytes as idle images go in LRU order, its victims set."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import msgspec
 
+from server.api.choices import Choice, Generation, Part, Scored
+from server.api.logprobs import LogprobsFormat, prompt_logprobs
+from server.api.params import num_logprobs
 from server.api.schemas import GenerationRequest
-from server.api.service import Generation
-from server.api.sse import Frames
-from server.text.output import Delta
+from server.api.sse import DONE, Frames
+from server.text.pieces import Pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,77 +30,107 @@ COMPLETIONS = Endpoint(False, "cmpl-", "text_completion", "text_completion")
 CHAT = Endpoint(True, "chatcmpl-", "chat.completion", "chat.completion.chunk")
 
 
-@dataclass(frozen=True, slots=True)
 class Answer:
     """One request's answer in the making: what the client asked for, and the generation that gives it."""
 
-    endpoint: Endpoint
-    asked: GenerationRequest
-    generation: Generation
-    has_phases: bool = False
+    def __init__(
+        self, endpoint: Endpoint, asked: GenerationRequest, generation: Generation, pieces: Pieces, *, has_phases: bool
+    ) -> None:
+        self.generation = generation
+        self._endpoint = endpoint
+        self._asked = asked
+        self._pieces = pieces
+        self._has_phases = has_phases
+        num_top = num_logprobs(asked)
+        self._logprobs = None if num_top is None else self._format(num_top)
 
     def headers(self) -> dict[str, str]:
-        """Which image answered; nothing for the base. Known from the first delta on."""
+        """Which image answered; nothing for the base. Known from the first part on."""
         image_key = self.generation.image_key
         return {"x-multilora-image-key": image_key} if image_key else {}
 
     async def whole(self) -> bytes:
         """The body of an answer that is not streamed."""
-        async with aclosing(self.generation.deltas()) as deltas:
-            parts = [delta async for delta in deltas]
+        choices = self.generation.choices
+        parts: list[list[Part]] = [[] for _ in choices]
+        async with aclosing(self.generation.parts()) as stream:
+            async for part in stream:
+                parts[part.index].append(part)
         body = {
-            **self._envelope(self.endpoint.whole),
-            "choices": [self._choice(parts)],
-            "usage": self.generation.usage(has_phases=self.has_phases),
+            **self._envelope(self._endpoint.whole),
+            "choices": [self._choice(choice, own) for choice, own in zip(choices, parts, strict=True)],
+            "usage": self._usage(),
         }
-        if self.asked.return_token_ids and self.endpoint.is_chat:
-            body["prompt_token_ids"] = self.generation.job.prompt_ids
+        if self._endpoint.is_chat:
+            body |= self._of_prompt(choices[0])
         return msgspec.json.encode(body)
 
-    async def frames(self, first: Delta, rest: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
-        """The frames of a streamed answer whose first delta has come. One yield per engine event."""
+    async def frames(self, first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[bytes, None]:
+        """The frames of a streamed answer whose first part has come. One yield per engine event."""
+        choices = self.generation.choices
         frames = Frames(
-            self._envelope(self.endpoint.chunk),
-            is_chat=self.endpoint.is_chat,
-            has_usage=self.asked.includes_usage,
-            has_token_ids=self.asked.return_token_ids,
+            self._envelope(self._endpoint.chunk),
+            is_chat=self._endpoint.is_chat,
+            has_usage=self._asked.includes_usage,
+            has_token_ids=self._asked.return_token_ids,
+            logprobs=self._logprobs,
         )
         async with aclosing(rest):
-            yield (frames.start(self.generation.job.prompt_ids) + frames.delta(first) + self._end(frames, first))
-            async for delta in rest:
-                yield frames.delta(delta) + self._end(frames, delta)
+            start = b"".join(frames.start(choice.job.index, choice.job.prompt_ids) for choice in choices)
+            num_open = len(choices) - (first.delta.finish_reason is not None)
+            yield start + frames.part(first) + (b"" if num_open else self._end(frames))
+            async for part in rest:
+                num_open -= part.delta.finish_reason is not None
+                yield frames.part(part) + (b"" if num_open else self._end(frames))
 
-    def _end(self, frames: Frames, delta: Delta) -> bytes:
-        if delta.finish_reason is None:
-            return b""
-        usage = self.generation.usage(has_phases=self.has_phases) if self.asked.includes_usage else None
-        return frames.end(delta, usage)
+    def _end(self, frames: Frames) -> bytes:
+        return (frames.usage(self._usage()) if self._asked.includes_usage else b"") + DONE
+
+    def _usage(self) -> dict[str, object]:
+        return self.generation.usage(has_phases=self._has_phases)
+
+    def _format(self, num_top: int) -> LogprobsFormat:
+        return LogprobsFormat(
+            self._pieces,
+            is_chat=self._endpoint.is_chat,
+            num_top=num_top,
+            as_ids=self._asked.return_tokens_as_token_ids,
+        )
 
     def _envelope(self, kind: str) -> dict[str, object]:
-        job = self.generation.job
         return {
-            "id": f"{self.endpoint.id_prefix}{job.request_id}",
+            "id": f"{self._endpoint.id_prefix}{self.generation.request_id}",
             "object": kind,
-            "created": int(job.arrival_s),
-            "model": job.target.name,
+            "created": int(self.generation.arrival_s),
+            "model": self.generation.target.name,
         }
 
-    def _choice(self, parts: list[Delta]) -> Mapping[str, object]:
-        text = "".join(delta.text for delta in parts)
+    def _choice(self, choice: Choice, parts: list[Part]) -> dict[str, object]:
+        text = "".join(part.delta.text for part in parts)
         said: dict[str, object] = (
             {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self.endpoint.is_chat
+            if self._endpoint.is_chat
             else {"text": text}
         )
-        choice: dict[str, object] = {
-            "index": 0,
+        scored: list[Scored] = [token for part in parts for token in part.scored or ()]
+        last = parts[-1].delta
+        body: dict[str, object] = {
+            "index": choice.job.index,
             **said,
-            "logprobs": None,
-            "finish_reason": parts[-1].finish_reason,
-            "stop_reason": parts[-1].stop_reason,
+            "logprobs": None if self._logprobs is None else self._logprobs.write(scored),
+            "finish_reason": last.finish_reason,
+            "stop_reason": last.stop_reason,
         }
-        if self.asked.return_token_ids:
-            choice["token_ids"] = [token_id for delta in parts for token_id in delta.token_ids]
-            if not self.endpoint.is_chat:
-                choice["prompt_token_ids"] = self.generation.job.prompt_ids
-        return choice
+        if self._asked.return_token_ids:
+            body["token_ids"] = [token_id for part in parts for token_id in part.delta.token_ids]
+        return body if self._endpoint.is_chat else body | self._of_prompt(choice)
+
+    def _of_prompt(self, choice: Choice) -> dict[str, object]:
+        """What is told of a prompt: in a completion by each of its choices, in a chat by the answer."""
+        body: dict[str, object] = {}
+        if self._asked.return_token_ids:
+            body["prompt_token_ids"] = choice.job.prompt_ids
+        if self._asked.prompt_logprobs is not None:
+            rows = choice.told.prompt_logprobs or []
+            body["prompt_logprobs"] = prompt_logprobs(rows, self._asked.prompt_logprobs, self._pieces)
+        return body

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from adapters_store.errors import AdapterError
+from server.api.access_log import AccessLog
+from server.api.adapters import adapter_routes
 from server.api.errors import body_of, error_response, error_type, json_response, shown
 from server.api.gate import Gate
 from server.api.health import health_routes
 from server.api.models import model_routes
+from server.api.openapi import openapi_routes
 from server.api.routes import generation_routes
 from server.api.service import ServerState, Service
+from server.api.tokenize import tokenize_routes
 from server.errors import ServerError
 
 logger = logging.getLogger(__name__)
@@ -42,13 +47,30 @@ def create_app(state: ServerState) -> ASGIApp:
         openapi_url=None,
     )
     app.include_router(generation_routes(service))
+    app.include_router(tokenize_routes(service))
     app.include_router(model_routes(service))
+    app.include_router(adapter_routes(service))
     app.include_router(health_routes(service))
+    app.include_router(openapi_routes(app, service))
     app.add_exception_handler(ServerError, _on_error)
     app.add_exception_handler(AdapterError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
-    return Gate(app, state.api_key)
+    gate = Gate(app, state.api_keys, state.door, state.engine, max_queue_len=state.limits.max_queue_len)
+    return AccessLog(_with_cors(gate, state.limits.allowed_origins), is_enabled=state.limits.has_access_log)
+
+
+def _with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """`app`, which pages of `origins` may call; outside the gate, since a preflight request carries no key."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "x-multilora-image-key"],
+    )
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -14,12 +14,14 @@ from server.errors import BadRequest, ServerError
 DEFAULT_RETRY_AFTER_S = 1  # of a 429 or 503 whose cause gave no time
 MAX_SHOWN_CHARS = 256  # of what a client sent, in a message
 
+_OF_ADAPTERS = (404, 422)  # the engine's statuses that are about the adapter, which `model` named
+
 
 class RequestFailed(ServerError):
     """The engine ended the request with an error; status, code and message are the engine's."""
 
     def __init__(self, error: RequestError) -> None:
-        super().__init__(error.message, code=error.code, param="model" if 400 <= error.status < 500 else None)
+        super().__init__(error.message, code=error.code, param="model" if error.status in _OF_ADAPTERS else None)
         self.http_status = error.status
         self.type = error_type(error.status)
         self.retry_after_s = error.retry_after_s

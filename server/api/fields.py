@@ -17,30 +17,21 @@ _TEXT = {"type": "text"}
 
 REFUSED_ANYWHERE: Refused = {
     # OpenAI
-    "n": (1,),
-    "logit_bias": ({},),
-    # vLLM
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "best_of": (1,),
-    "include_stop_str_in_output": (False,),
+    # vLLM
+    "ec_transfer_params": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "logprob_token_ids": (),
-    "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "repetition_detection": (),
     "request_id": (),
     "return_prompt_text": (False,),
-    "return_tokens_as_token_ids": (False,),
     "session_id": (),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stream_interval": (1,),
     "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "truncation_side": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
@@ -52,8 +43,6 @@ REFUSED_ANYWHERE: Refused = {
 }
 REFUSED_IN_COMPLETIONS: Refused = {
     **REFUSED_ANYWHERE,
-    "echo": (False,),
-    "logprobs": (),
     "suffix": (),
 }
 REFUSED_IN_CHAT: Refused = {
@@ -62,7 +51,6 @@ REFUSED_IN_CHAT: Refused = {
     "audio": (),
     "function_call": ("none",),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
     "parallel_tool_calls": (True, False),
@@ -74,13 +62,10 @@ REFUSED_IN_CHAT: Refused = {
     "service_tier": ("auto", "default"),
     "tool_choice": ("none",),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
     # vLLM
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "include_reasoning": (True,),
@@ -98,6 +83,33 @@ REFUSED_IN_MESSAGES: Refused = {
     "tool_call_id": (),
     "tool_calls": ([],),
 }
+
+
+REFUSED_IN_TOKENIZE: Refused = {"chat_template": (), "mm_processor_kwargs": ({},), "tools": ([],)}
+REFUSED_IN_DETOKENIZE: Refused = {}
+
+INERT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "store", "user"})
+"""Served fields that change nothing: validated, and otherwise unread."""
+
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tools",
+        "truncation",
+    }
+)
+"""What chat_template_kwargs may not hold: arguments of the renderer, which a client must not reach."""
 
 
 def served_part(

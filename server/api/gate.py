@@ -1,30 +1,76 @@
-"""What every request passes first: an id for it, and the API key."""
+"""What every request passes first: an id for it, the API key, and whether the server takes it now."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.access_log import current_entry
 from server.api.errors import InvalidApiKey, error_response
+from server.engine.client import Engine
+from server.errors import Overloaded, QueueFull, ServerError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_OPEN_PATHS = frozenset({"/health", "/metrics"})  # for probes and scrapers; a new route is guarded unless listed
+_OPEN_PATHS = frozenset({"/health", "/metrics", "/ready", "/ping"})  # a new route is guarded unless listed
+_GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+DRAINING_RETRY_AFTER_S = 5  # about what a replacement needs to be found
+QUEUE_RETRY_AFTER_S = 1
+
+
+@dataclass(slots=True, eq=False)
+class Door:
+    """Whether requests are let in, and how many are inside.
+
+    open ──close()──▶ draining: what is inside goes on to its end, nothing but reads comes in
+    """
+
+    is_open: bool = True
+    num_inside: int = 0  # requests that ask for a generation, from their arrival to their response's end
+    _emptied: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def close(self) -> None:
+        """Let nobody in from now on."""
+        self.is_open = False
+        if not self.num_inside:
+            self._emptied.set()
+
+    async def until_empty(self) -> None:
+        """Wait until everyone who was inside at close() has left."""
+        await self._emptied.wait()
+
+    def enter(self) -> None:
+        self.num_inside += 1
+
+    def leave(self) -> None:
+        self.num_inside -= 1
+        if not self.num_inside and not self.is_open:
+            self._emptied.set()
 
 
 class Gate:
-    """ASGI middleware. Echoes x-request-id (or makes one) on every response; answers 401 without the key.
+    """ASGI middleware. Echoes x-request-id (or makes one) on every response; refuses without a key, when
+    draining, and when the queue is full.
 
     The path is the scope's, never rebuilt from headers that a client sends.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+    def __init__(
+        self, app: ASGIApp, api_keys: Sequence[str], door: Door, engine: Engine, *, max_queue_len: int
+    ) -> None:
         self._app = app
-        self._key_digest = None if api_key is None else _digest(api_key)
+        self._key_digests = [_digest(key) for key in api_keys]
+        self._door = door
+        self._engine = engine
+        self._max_queue_len = max_queue_len
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,25 +79,65 @@ class Gate:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        current_entry().request_id = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        if scope["path"] not in _OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await refusal(scope, receive, send_with_id)
+        elif scope["path"] in _GENERATION_PATHS:
+            self._door.enter()
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                self._door.leave()
+        else:
+            await self._app(scope, receive, send_with_id)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        if scope["path"] in _OPEN_PATHS:
+            return None
+        if not self._has_key(headers.get("authorization", "")):
             response = error_response(InvalidApiKey("Incorrect API key provided: send Authorization: Bearer <key>."))
             response.headers["www-authenticate"] = "Bearer"
-            await response(scope, receive, send_with_id)
-            return
-        await self._app(scope, receive, send_with_id)
+            return response
+        error = self._closed(scope)
+        return None if error is None else error_response(error)
+
+    def _closed(self, scope: Scope) -> ServerError | None:
+        """Why the server does not take this request now."""
+        if not self._door.is_open and scope["method"] not in ("GET", "HEAD"):
+            return Overloaded(
+                "The server is shutting down and takes no new requests.", retry_after_s=DRAINING_RETRY_AFTER_S
+            )
+        if scope["path"] in _GENERATION_PATHS and self._num_waiting >= self._max_queue_len:
+            return QueueFull(
+                f"{self._num_waiting} requests are waiting, the most that this server lets wait "
+                f"(--max-queue-len {self._max_queue_len}).",
+                retry_after_s=QUEUE_RETRY_AFTER_S,
+            )
+        return None
+
+    @property
+    def _num_waiting(self) -> int:
+        """Requests inside, or in the engine (a request has one for each choice), that are not running.
+
+        Those on their way to the engine count too, so a burst that comes between two steps finds the bound.
+        """
+        return max(self._door.num_inside, self._engine.num_open) - self._engine.last_stats.num_running
 
     def _has_key(self, authorization: str) -> bool:
-        if self._key_digest is None:
+        if not self._key_digests:
             return True
         scheme, _, key = authorization.partition(" ")
-        # Digests, so that neither content nor length of the key shows in the time a comparison takes.
-        return scheme.lower() == "bearer" and hmac.compare_digest(_digest(key.strip()), self._key_digest)
+        # Digests, and all of them, so that neither content nor length nor which key it was shows in the time taken.
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, digest) for digest in self._key_digests]
+        return scheme.lower() == "bearer" and any(matches)
 
 
 def _digest(key: str) -> bytes:

@@ -1,24 +1,41 @@
-"""GET /health and /metrics: what probes, routers and dashboards read; no key needed."""
+"""GET /health, /ready, /ping and /metrics: what probes, routers and dashboards read; no key needed."""
 
 from __future__ import annotations
 
+import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.api.errors import json_response
-from server.api.service import Service
+from server.api.service import ServerState, Service
 from server.metrics import CONTENT_TYPE
 
 
+def health_of(state: ServerState) -> str:
+    """ok, engine_dead, or engine_stalled: it has said nothing for the stall time-out.
+
+    A live engine speaks after every step and once a second while idle, so silence is a step that does not end.
+    """
+    if not state.engine.is_alive:
+        return "engine_dead"
+    return "engine_stalled" if state.engine.silent_s > state.limits.engine_stall_timeout_s else "ok"
+
+
 def health_routes(service: Service) -> APIRouter:
-    """Liveness and metrics."""
+    """Liveness, readiness and metrics."""
     router = APIRouter()
 
     @router.get("/health", response_class=Response)
+    @router.api_route("/ping", methods=["GET", "POST"], response_class=Response)
     async def health() -> Response:
-        """200 while the engine takes requests, else 503."""
-        is_alive = service.state.engine.is_alive
-        return json_response(b'{"status":"ok"}' if is_alive else b'{"status":"engine_dead"}', 200 if is_alive else 503)
+        """200 while the engine works, else 503: the process should be replaced. Draining is healthy."""
+        return _answer(health_of(service.state))
+
+    @router.get("/ready", response_class=Response)
+    async def ready() -> Response:
+        """200 while new requests are taken: healthy and not draining."""
+        status = health_of(service.state)
+        return _answer("draining" if status == "ok" and not service.state.door.is_open else status)
 
     @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -26,3 +43,7 @@ def health_routes(service: Service) -> APIRouter:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
 
     return router
+
+
+def _answer(status: str) -> Response:
+    return json_response(msgspec.json.encode({"status": status}), 200 if status == "ok" else 503)

@@ -39,7 +39,7 @@ async def _generate(
 ) -> Response:
     try:
         body = await read_object(request, service.state.limits.max_body_bytes)
-        asked = parse_request(schema, body, vocab_size=service.state.engine.ready.vocab_size)
+        asked = parse_request(schema, body, service.state.engine.ready)
         has_phases = request.headers.get("x-multilora-phases") == "1"
         return await until_gone(request.receive, _answer(service, asked, endpoint, has_phases))
     except (ClientGone, ClientDisconnect):
@@ -48,14 +48,15 @@ async def _generate(
 
 async def _answer(service: Service, asked: GenerationRequest, endpoint: Endpoint, has_phases: bool) -> Response:
     """The response, not before the engine's first event: until then an error is a status code, also on a stream."""
-    answer = Answer(endpoint, asked, await service.prepare(asked), has_phases)
+    pieces = service.state.tokenizer.pieces
+    answer = Answer(endpoint, asked, await service.prepare(asked), pieces, has_phases=has_phases)
     if not asked.stream:
         body = await answer.whole()
         return json_response(body, headers=answer.headers())
-    deltas = answer.generation.deltas()
+    parts = answer.generation.parts()
     try:
-        first = await anext(deltas)
+        first = await anext(parts)
     except BaseException:
-        await deltas.aclose()
+        await parts.aclose()
         raise
-    return SseResponse(guarded(answer.frames(first, deltas)), answer.headers())
+    return SseResponse(guarded(answer.frames(first, parts)), answer.headers())

@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -20,24 +21,44 @@ from server.api.errors import shown
 from server.api.fields import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
+    REFUSED_IN_DETOKENIZE,
     REFUSED_IN_MESSAGES,
+    REFUSED_IN_TOKENIZE,
+    RESERVED_TEMPLATE_KWARGS,
     Refused,
     served_part,
 )
-from server.errors import BadRequest, ServerError, UnsupportedField
+from server.engine.messages import EngineReady
+from server.errors import BadRequest, ContextLengthExceeded, ServerError, UnsupportedField
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_SALT_CHARS = 128
+MAX_CHOICES = 128  # of one request: prompts times n
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_BIAS = 100.0
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
+MAX_TEMPLATE_KWARGS = 64
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**63 - 1
 
 Content = str | list[dict[str, str]]  # plain text, or parts {"type": "text", "text": ...}
+PromptInput = str | list[int]
+
+_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
 
 
 def _error(kind: str, message: str) -> PydanticCustomError:
     return PydanticCustomError(kind, "{reason}", {"reason": message})
+
+
+def _error_at(param: str, message: str) -> PydanticCustomError:
+    """For a check over several fields: `param` is the one to name, `message` the whole message."""
+    return PydanticCustomError("several_fields", "{reason}", {"reason": message, "param": param})
 
 
 def _text(value: object, what: str) -> str:
@@ -55,24 +76,31 @@ def _text(value: object, what: str) -> str:
 
 def _token_ids(value: list[object], info: ValidationInfo, what: str) -> list[int]:
     vocab_size = info.context["vocab_size"] if info.context else 0
-    for token_id in value:
-        if type(token_id) is not int:
-            raise _error("token_type", f"{what} must hold token ids (integers) only")
+    if set(map(type, value)) - {int}:  # in C: a body holds millions of ids, and the event loop waits
+        raise _error("token_type", f"{what} must hold token ids (integers) only")
+    ids: list[int] = value  # type: ignore[assignment]  # each element was just checked
+    for token_id in (min(ids), max(ids)) if ids else ():
         if not 0 <= token_id < vocab_size:
             raise _error("token_range", f"token id {_shown(token_id)} is outside the vocabulary: 0 to {vocab_size - 1}")
-    return value  # type: ignore[return-value]  # each element was just checked
+    return ids
 
 
 def _shown(number: int) -> str:
     return str(number) if abs(number) < 10**20 else "(too large to show)"
 
 
-def _prompt(value: object, info: ValidationInfo) -> str | list[int]:
-    """A text, a list of one text, token ids, or a list of one list of token ids."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise _error("unsupported", "one prompt per request is supported; send several requests")
-        value = value[0]
+def _prompts(value: object, info: ValidationInfo) -> list[PromptInput]:
+    """A text, token ids, or a list of one kind of them: always as a list of prompts."""
+    is_list = isinstance(value, list) and bool(value) and isinstance(value[0], str | list)
+    prompts: list[object] = value if is_list and isinstance(value, list) else [value]
+    if len(prompts) > MAX_CHOICES:
+        raise _error("too_many", f"at most {MAX_CHOICES} prompts are allowed, not {len(prompts)}")
+    if any(type(prompt) is not type(prompts[0]) for prompt in prompts):
+        raise _error("prompt_type", "the prompts must be all strings or all lists of token ids")
+    return [_prompt(prompt, info) for prompt in prompts]
+
+
+def _prompt(value: object, info: ValidationInfo) -> PromptInput:
     if isinstance(value, list):
         if not value:
             raise _error("empty", "the prompt must not be empty")
@@ -100,6 +128,58 @@ def _stop_token_ids(value: object, info: ValidationInfo) -> list[int]:
     return _token_ids(value, info, "the list")
 
 
+def _allowed_token_ids(value: object, info: ValidationInfo) -> list[int]:
+    if not isinstance(value, list):
+        raise _error("token_type", "must be a list of token ids")
+    if not value:
+        raise _error("empty", "an empty list would allow no token at all")
+    return list(dict.fromkeys(_token_ids(value, info, "the list")))
+
+
+def _logit_bias(value: object, info: ValidationInfo) -> dict[int, float]:
+    """{"<token id>": bias} with ids as decimal strings, as JSON has no other keys."""
+    if not isinstance(value, dict):
+        raise _error("bias_type", "must be an object of token ids and biases")
+    if len(value) > MAX_LOGIT_BIASES:
+        raise _error("too_many", f"at most {MAX_LOGIT_BIASES} biases are allowed, not {len(value)}")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 20):
+            raise _error("token_type", f"the key {shown(key)!r} is not a token id")
+        (token_id,) = _token_ids([int(key)], info, "the keys")
+        if type(bias) not in (int, float):
+            raise _error("bias_type", f"the bias of token {key} must be a number")
+        if not -MAX_BIAS <= bias <= MAX_BIAS:  # also refuses NaN
+            raise _error("bias_range", f"the bias of token {key} must be from {-MAX_BIAS:g} to {MAX_BIAS:g}")
+        biases[token_id] = float(bias)
+    return biases
+
+
+def _bad_words(value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise _error("words_type", "must be a list of strings")
+    if len(value) > MAX_BAD_WORDS:
+        raise _error("too_many", f"at most {MAX_BAD_WORDS} bad words are allowed, not {len(value)}")
+    words = [_text(word, "a bad word") for word in value]
+    if any(not word.strip() for word in words):
+        raise _error("empty", "a bad word must have more than spaces")
+    if any(len(word) > MAX_BAD_WORD_CHARS for word in words):
+        raise _error("too_long", f"a bad word has at most {MAX_BAD_WORD_CHARS} characters")
+    return words
+
+
+def _template_kwargs(value: object) -> dict[str, Any]:
+    """Variables of the chat template; those that the server sets itself can't be replaced."""
+    if not isinstance(value, dict):
+        raise _error("kwargs_type", "must be an object")
+    if len(value) > MAX_TEMPLATE_KWARGS:
+        raise _error("too_many", f"at most {MAX_TEMPLATE_KWARGS} template variables are allowed, not {len(value)}")
+    reserved = sorted(RESERVED_TEMPLATE_KWARGS & value.keys())
+    if reserved:
+        raise _error("reserved", f"'{reserved[0]}' is set by the server and can't be given here")
+    return value
+
+
 def _content(value: object) -> Content:
     if isinstance(value, str):
         return _text(value, "the content") if value else value
@@ -120,16 +200,88 @@ def _part(part: object) -> dict[str, str]:
     return {"type": "text", "text": _text(part["text"], "a text part") if part["text"] != "" else ""}
 
 
+def _tokenized(value: object) -> str:
+    return "" if value == "" else _text(value, "the prompt")
+
+
+def _detokenized(value: object, info: ValidationInfo) -> list[int]:
+    if not isinstance(value, list):
+        raise _error("token_type", "must be a list of token ids")
+    return _token_ids(value, info, "the list")
+
+
+_PART_SCHEMA = {
+    "type": "object",
+    "required": ["type", "text"],
+    "additionalProperties": False,
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+_CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": _PART_SCHEMA}]}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        _TEXT_SCHEMA,
+        _IDS_SCHEMA,
+        {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": _TEXT_SCHEMA},
+        {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": _IDS_SCHEMA},
+    ]
+}
+_STOP_TEXT_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOP_SCHEMA = {
+    "anyOf": [_STOP_TEXT_SCHEMA, {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": _STOP_TEXT_SCHEMA}]
+}
+_STOP_IDS_SCHEMA = {"type": "array", "maxItems": MAX_STOP_TOKEN_IDS, "items": {"type": "integer", "minimum": 0}}
+_BIAS_SCHEMA = {
+    "type": "object",
+    "maxProperties": MAX_LOGIT_BIASES,
+    "propertyNames": {"pattern": "^[0-9]{1,20}$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+}
+_BAD_WORDS_SCHEMA = {
+    "type": "array",
+    "maxItems": MAX_BAD_WORDS,
+    "items": {"type": "string", "pattern": r"\S", "maxLength": MAX_BAD_WORD_CHARS},
+}
+_KWARGS_SCHEMA = {
+    "type": "object",
+    "maxProperties": MAX_TEMPLATE_KWARGS,
+    "propertyNames": {"not": {"enum": sorted(RESERVED_TEMPLATE_KWARGS)}},
+}
+
+TemplateKwargs = Annotated[Any, BeforeValidator(_template_kwargs), WithJsonSchema(_KWARGS_SCHEMA)]
+LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+def _given(name: str, kind: str) -> dict[str, Any]:
+    """In a JSON schema: the field is there and not null."""
+    return {"required": [name], "properties": {name: {"type": kind}}}
+
+
+def _needs(name: str, kind: str, other: str) -> dict[str, Any]:
+    """In a JSON schema: the field goes only with `other` true."""
+    return {"if": _given(name, kind), "then": {"required": [other], "properties": {other: {"const": True}}}}
+
+
+def _excludes(name: str, kind: str, other: str) -> dict[str, Any]:
+    """In a JSON schema: the field does not go with `other` true."""
+    return {"if": _given(name, kind), "then": {"properties": {other: {"not": {"const": True}}}}}
 
 
 class Message(_Strict):
     """One message of a chat, text only."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Any, BeforeValidator(_content)]
+    content: Annotated[Any, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
     name: str | None = None
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of its text."""
+        parts = [self.content] if isinstance(self.content, str) else [part["text"] for part in self.content]
+        return sum(map(len, parts))
 
 
 class StreamOptions(_Strict):
@@ -143,23 +295,40 @@ class StreamOptions(_Strict):
 class GenerationRequest(_Strict):
     """What both endpoints take."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [_needs("stream_options", "object", "stream"), _excludes("prompt_logprobs", "integer", "stream")]
+        }
+    )
+
     model: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=_MAX_INT)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    max_tokens: Annotated[int, Field(ge=0, le=_MAX_INT)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=_MAX_INT)] = 0
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, le=_MAX_INT)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
-    stop: Annotated[Any, BeforeValidator(_stop)] = ()
-    stop_token_ids: Annotated[Any, BeforeValidator(_stop_token_ids)] = ()
-    ignore_eos: bool = False
+    # None: the base's generation_config.json says (see params.py)
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_INT)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
+    stop: Annotated[Any, BeforeValidator(_stop), WithJsonSchema(_STOP_SCHEMA)] = ()
+    stop_token_ids: Annotated[Any, BeforeValidator(_stop_token_ids), WithJsonSchema(_STOP_IDS_SCHEMA)] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logit_bias: Annotated[Any, BeforeValidator(_logit_bias), WithJsonSchema(_BIAS_SCHEMA)] = Field(default_factory=dict)
+    allowed_token_ids: Annotated[Any, BeforeValidator(_allowed_token_ids), WithJsonSchema(_IDS_SCHEMA)] = ()
+    bad_words: Annotated[Any, BeforeValidator(_bad_words), WithJsonSchema(_BAD_WORDS_SCHEMA)] = ()
+    prompt_logprobs: LogprobCount | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=_MAX_INT)] | None = None
+    skip_special_tokens: bool = True
+    priority: Annotated[int, Field(ge=-_MAX_INT, le=_MAX_INT)] = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] = ""
     # Accepted and inert:
     user: str | None = None
@@ -167,9 +336,13 @@ class GenerationRequest(_Strict):
     store: bool = False
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> GenerationRequest:
+    def _check_fields_together(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
-            raise _error("stream_options", "'stream_options' is only allowed when 'stream' is true")
+            raise _error_at("stream_options", "'stream_options' is only allowed when 'stream' is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise _error_at("prompt_logprobs", "'prompt_logprobs' is not available when 'stream' is true")
+        if self.truncate_prompt_tokens == 0:
+            raise _error_at("truncate_prompt_tokens", "Invalid 'truncate_prompt_tokens': 0 would leave no prompt.")
         return self
 
     @property
@@ -181,8 +354,21 @@ class GenerationRequest(_Strict):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Annotated[Any, BeforeValidator(_prompt)]
+    prompt: Annotated[Any, BeforeValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    echo: bool = False
+    logprobs: LogprobCount | None = None
     add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise _error_at("max_tokens", "Invalid 'max_tokens': 0 is allowed only with 'echo'.")
+        if self.n * len(self.prompt) > MAX_CHOICES:
+            raise _error_at(
+                "n",
+                f"'n' is {self.n} for {len(self.prompt)} prompts: a request has at most {MAX_CHOICES} choices in all",
+            )
+        return self
 
 
 class ChatRequest(GenerationRequest):
@@ -190,27 +376,84 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=_MAX_INT)] | None = None
-    add_generation_prompt: bool = True
+    logprobs: bool = False
+    top_logprobs: LogprobCount = 0
+    add_generation_prompt: bool | None = None  # None: unless the final message is continued
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)
     add_special_tokens: bool = False  # the template writes them itself
     # Accepted and inert:
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatRequest:
+        if self.max_tokens == 0:
+            raise _error_at("max_tokens", "Invalid 'max_tokens': must be at least 1.")
+        if self.top_logprobs and not self.logprobs:
+            raise _error_at("top_logprobs", "'top_logprobs' is only allowed when 'logprobs' is true")
+        _check_continues(self.add_generation_prompt, self.continue_final_message)
+        return self
 
-RequestT = TypeVar("RequestT", bound=GenerationRequest)
-_REFUSED: dict[type[GenerationRequest], Refused] = {
+
+def _check_continues(add_generation_prompt: bool | None, continue_final_message: bool) -> None:
+    if add_generation_prompt and continue_final_message:
+        raise _error_at(
+            "continue_final_message", "'continue_final_message' and 'add_generation_prompt' can't both be true"
+        )
+
+
+class TokenizeRequest(_Strict):
+    """POST /tokenize: a prompt or messages, as the generating endpoints would see them."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_given("prompt", "string"), _given("messages", "array")]})
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    prompt: Annotated[Any, BeforeValidator(_tokenized), WithJsonSchema({"type": "string"})] = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None  # None: true for a prompt, false for messages
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_input(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise _error_at("prompt", "Send either 'prompt' or 'messages'")
+        _check_continues(self.add_generation_prompt, self.continue_final_message)
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """POST /detokenize."""
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    tokens: Annotated[Any, BeforeValidator(_detokenized), WithJsonSchema({**_IDS_SCHEMA, "minItems": 0})]
+
+
+RequestT = TypeVar("RequestT", bound=_Strict)
+REFUSED_BY_SCHEMA: dict[type[BaseModel], Refused] = {
     CompletionRequest: REFUSED_IN_COMPLETIONS,
     ChatRequest: REFUSED_IN_CHAT,
+    TokenizeRequest: REFUSED_IN_TOKENIZE,
+    DetokenizeRequest: REFUSED_IN_DETOKENIZE,
 }
 
 
-def parse_request(schema: type[RequestT], body: Mapping[str, object], *, vocab_size: int) -> RequestT:
+def parse_request(schema: type[RequestT], body: Mapping[str, object], ready: EngineReady) -> RequestT:
     """The typed request in `body`. Raises BadRequest (or UnsupportedField) that names the first field at fault."""
-    served = served_part(body, frozenset(schema.model_fields), _REFUSED[schema])
+    served = served_part(body, frozenset(schema.model_fields), REFUSED_BY_SCHEMA[schema])
     if isinstance(messages := served.get("messages"), list):
+        if len(messages) > ready.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {ready.max_model_len} tokens. However, you sent "
+                f"{len(messages)} messages, of which each takes one token or more. Please reduce their number.",
+                param="messages",
+            )
         served["messages"] = [_served_message(message, index) for index, message in enumerate(messages)]
     try:
-        return schema.model_validate(served, context={"vocab_size": vocab_size})
+        return schema.model_validate(served, context={"vocab_size": ready.vocab_size})
     except ValidationError as error:
         raise _first_error(error.errors(include_url=False, include_input=False)[0]) from None
 
@@ -229,8 +472,8 @@ def _first_error(error: ErrorDetails) -> ServerError:
     kind, param = error["type"], _path(error["loc"]) or None
     if kind == "missing":
         return BadRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    if kind == "stream_options":
-        return BadRequest(error["msg"], param="stream_options")
+    if kind == "several_fields":
+        return BadRequest(error["msg"], param=error["ctx"]["param"])
     message = f"Invalid '{param}': {error['msg']}."
     if kind == "unsupported":
         return UnsupportedField(message, param=param)

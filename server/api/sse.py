@@ -12,10 +12,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from adapters_store.errors import AdapterError
+from server.api.choices import Part
 from server.api.disconnect import ClientGone, until_gone
 from server.api.errors import body_of, error_body
+from server.api.logprobs import LogprobsFormat
 from server.errors import ServerError
-from server.text.output import Delta
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
@@ -26,45 +27,67 @@ logger = logging.getLogger(__name__)
 class Frames:
     """The frames of one stream. Every chunk has the same id, created and model.
 
-    data: {"id":...,"choices":[{"index":0,  "delta":{"content":"..."}   ,"finish_reason":null}]}
-          └──────────── head ────────────┘ └─ text, by endpoint ─┘ └────────── tail ─────────┘
+    data: {"id":...,"choices":[{"index":0,  "delta":{"content":"..."}   ,"logprobs":null,"finish_reason":null}]}
+          └──────────── head ────────────┘ └─ text, by endpoint ─┘ └────────────────── tail ─────────────────┘
     """
 
-    def __init__(self, envelope: Mapping[str, object], *, is_chat: bool, has_usage: bool, has_token_ids: bool) -> None:
+    def __init__(
+        self,
+        envelope: Mapping[str, object],
+        *,
+        is_chat: bool,
+        has_usage: bool,
+        has_token_ids: bool,
+        logprobs: LogprobsFormat | None = None,
+    ) -> None:
         """`envelope` is id, object, created, model; `has_usage` says whether a usage chunk ends the stream."""
         self._is_chat = is_chat
         self._has_token_ids = has_token_ids
+        self._logprobs = logprobs
         self._open = b"data: " + _encode(envelope)[:-1]
-        self._head = self._open + b',"choices":[{"index":0,'
+        self._heads: dict[int, bytes] = {}  # by the choice's index
         self._before, self._after = (b'"delta":{"content":', b"}") if is_chat else (b'"text":', b"")
         self._null_usage = b',"usage":null' if has_usage else b""
 
-    def start(self, prompt_ids: list[int]) -> bytes:
-        """What comes before any text: the role of a chat, the prompt's ids if asked for."""
-        ids = b',"prompt_token_ids":' + _encode(prompt_ids) if self._has_token_ids else b""
+    def start(self, index: int, prompt_ids: list[int]) -> bytes:
+        """What comes before a choice's text: the role of a chat, the prompt's ids if asked for (a chat's once)."""
+        is_told = self._has_token_ids and (index == 0 or not self._is_chat)
+        ids = b',"prompt_token_ids":' + _encode(prompt_ids) if is_told else b""
         if self._is_chat:
-            role = self._head + b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
-            return role + ids + self._null_usage + b"}\n\n"
-        return self._choice(b'"text":""', b"null", ids) if ids else b""
+            role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+            return self._head(index) + role + ids + self._null_usage + b"}\n\n"
+        return self._choice(index, b'"text":""', b"null", b"null", ids) if ids else b""
 
-    def delta(self, delta: Delta) -> bytes:
-        """The text of one event; nothing when it has none (and no ids are asked for)."""
-        if not delta.text and not (self._has_token_ids and delta.token_ids):
-            return b""
-        ids = b',"token_ids":' + _encode(delta.token_ids) if self._has_token_ids else b""
-        return self._choice(self._before + _encode(delta.text) + self._after, b"null", ids)
-
-    def end(self, delta: Delta, usage: Mapping[str, object] | None) -> bytes:
-        """The finish chunk, the usage chunk if asked for, [DONE]."""
+    def part(self, part: Part) -> bytes:
+        """The text of one engine event, if it has any (or ids, or logprobs), and the finish chunk after the last."""
+        delta, frames = part.delta, b""
+        if delta.text or (self._has_token_ids and delta.token_ids) or part.scored:
+            text = self._before + _encode(delta.text) + self._after
+            ids = b',"token_ids":' + _encode(delta.token_ids) if self._has_token_ids else b""
+            frames = self._choice(part.index, text, self._scores(part), b"null", ids)
+        if delta.finish_reason is None:
+            return frames
         last = b'"delta":{}' if self._is_chat else b'"text":""'
-        frames = self._choice(last, _encode(delta.finish_reason), b',"stop_reason":' + _encode(delta.stop_reason))
-        if self._null_usage:
-            frames += self._open + b',"choices":[],"usage":' + _encode(usage) + b"}\n\n"
-        return frames + DONE
+        why = b',"stop_reason":' + _encode(delta.stop_reason)
+        return frames + self._choice(part.index, last, b"null", _encode(delta.finish_reason), why)
 
-    def _choice(self, text: bytes, finish_reason: bytes, more: bytes) -> bytes:
-        tail = b',"logprobs":null,"finish_reason":' + finish_reason + more + b"}]"
-        return self._head + text + tail + self._null_usage + b"}\n\n"
+    def usage(self, usage: Mapping[str, object]) -> bytes:
+        """The usage chunk."""
+        return self._open + b',"choices":[],"usage":' + _encode(usage) + b"}\n\n"
+
+    def _head(self, index: int) -> bytes:
+        if index not in self._heads:
+            self._heads[index] = self._open + b',"choices":[{"index":%d,' % index
+        return self._heads[index]
+
+    def _scores(self, part: Part) -> bytes:
+        if self._logprobs is None or not part.scored:
+            return b"null"
+        return _encode(self._logprobs.write(part.scored))
+
+    def _choice(self, index: int, text: bytes, logprobs: bytes, finish_reason: bytes, more: bytes) -> bytes:
+        tail = b',"logprobs":' + logprobs + b',"finish_reason":' + finish_reason + more + b"}]"
+        return self._head(index) + text + tail + self._null_usage + b"}\n\n"
 
 
 def error_frame(error: ServerError | AdapterError | None) -> bytes:

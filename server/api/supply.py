@@ -13,6 +13,8 @@ from adapters_store.errors import AdapterError
 from adapters_store.ref import AdapterRef, SourceVersion, is_adapter_name
 from adapters_store.store import AdapterStore
 from server.api.errors import shown
+from server.api.pins import Pins
+from server.api.usage import UsageLog
 from server.engine.client import Engine
 from server.errors import ModelNotFound
 
@@ -58,7 +60,16 @@ class AdapterSupply:
     the engine, and joins the fetch in the same turn of the event loop.
     """
 
-    def __init__(self, engine: Engine, catalog: Catalog, store: AdapterStore, base_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        catalog: Catalog,
+        store: AdapterStore,
+        base_names: Sequence[str],
+        pins: Pins | None = None,
+    ) -> None:
+        self.pins = pins or Pins(engine, store)
+        self.usage = UsageLog()
         self._engine = engine
         self._catalog = catalog
         self._store = store
@@ -80,9 +91,23 @@ class AdapterSupply:
     def hold(self, version: SourceVersion | None) -> Hold:
         """A claim on the image of `version`, leased at once if it is on disk. Ends with release()."""
         hold = Hold(version)
-        if version is not None and (ref := self._store.lookup(version.key)) is not None:
+        if version is None:
+            return hold
+        self.usage.used(version.name)
+        if (ref := self._store.lookup(version.key)) is not None:
             self._lease(hold, ref)
+            self.pins.follow(ref)
         return hold
+
+    async def compile(self, version: SourceVersion) -> AdapterRef:
+        """Bring an image to disk without a request for it. Raises AdapterError."""
+        try:
+            ref = await self._store.ensure(version)
+        except AdapterError as error:
+            self.usage.failed(version.name, error.message)
+            raise
+        self.usage.succeeded(version.name)
+        return ref
 
     def fetch(self, hold: Hold) -> None:
         """Bring a pending claim's image to disk and tell the engine. Call it in the turn that sends the request."""
@@ -98,6 +123,7 @@ class AdapterSupply:
     def discard(self, hold: Hold) -> None:
         """The engine found the image damaged: the next request compiles it anew."""
         if hold.ref is not None:
+            self.usage.failed(hold.ref.name, "The image was damaged on disk; the next request compiles it anew.")
             self._store.discard(hold.ref)
 
     def release(self, hold: Hold) -> None:
@@ -118,15 +144,17 @@ class AdapterSupply:
     async def _run(self, key: str, fetch: _Fetch) -> None:
         """Task: one fetch. Leasing and telling the engine happen in one turn, so no request falls between."""
         try:
-            ref = await self._store.ensure(fetch.version)
+            ref = await self.compile(fetch.version)
             for hold in fetch.holds:
                 self._lease(hold, ref)
                 hold.phases = _phases(self._store.phases(key))
+            self.pins.renew(ref)
             self._engine.adapter_ready(key, ref)
         except AdapterError as error:
             self._engine.adapter_failed(key, error.http_status, error.code, error.message)
         except Exception:  # a defect of ours; without an answer the requests would wait for ever
             logger.exception("fetching %s failed", fetch.version.name)
+            self.usage.failed(fetch.version.name, "The server failed to load this adapter.")
             self._engine.adapter_failed(key, 500, "internal_error", "The server failed to load this adapter.")
         finally:
             del self._fetches[key]

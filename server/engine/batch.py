@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.messages import TokenLogprobs
 from server.engine.request import Request
+
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -17,13 +20,14 @@ class ScheduledRequest:
     """One request's share of a step: rows for positions start : start + num_tokens of its token_ids.
 
     Set by the scheduler. `samples` says that the last row is the request's last known token, so a new
-    token is drawn from it.
+    token is drawn from it. `logprob_positions` are positions of its prompt whose rows reach the head too.
     """
 
     request: Request
     start: int
     num_tokens: int
     samples: bool
+    logprob_positions: range = range(0)
 
     @property
     def is_decode(self) -> bool:
@@ -49,6 +53,15 @@ class StepPlan:
 
 
 @dataclass(slots=True)
+class StepResult:
+    """What the model gave for a step, by request id. Made by the runner, applied by the scheduler."""
+
+    tokens: dict[str, int] = field(default_factory=dict)  # of items that sample, in the order of sample_items
+    logprobs: dict[str, TokenLogprobs] = field(default_factory=dict)  # of those tokens, where asked for
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # one a logprob_position
+
+
+@dataclass(slots=True)
 class Batch:
     """Rows ordered by (decode | prefill, slot, request). Made by BatchBuilder, read by the runner.
 
@@ -67,10 +80,17 @@ class Batch:
     row_slots: list[int]  # [items]: device slot of each item; 0 = base
     sample_rows: np.ndarray  # int64 [sampled items]: row whose hidden state reaches the head
     sample_items: list[ScheduledRequest]  # in the order of sample_rows
+    prompt_rows: np.ndarray = field(default_factory=lambda: _NO_ROWS)  # int64: rows of all logprob_positions
+    prompt_items: list[ScheduledRequest] = field(default_factory=list)  # those that have any, in row order
 
     @property
     def num_rows(self) -> int:
         return len(self.ids)
+
+    @property
+    def head_rows(self) -> np.ndarray:
+        """int64: the rows whose hidden states reach the head, the sampled ones first."""
+        return np.concatenate([self.sample_rows, self.prompt_rows]) if len(self.prompt_rows) else self.sample_rows
 
 
 class BatchBuilder:
@@ -104,6 +124,7 @@ class BatchBuilder:
         samples = np.fromiter((item.samples for item in items), np.bool_, len(items))
         sample_rows = self._sample_rows[: len(sample_items)]
         sample_rows[:] = ends[samples] - 1
+        prompt_items = [item for item in items if item.logprob_positions]
         return Batch(
             items=list(items),
             num_decodes=sum(item.is_decode for item in items),
@@ -117,6 +138,8 @@ class BatchBuilder:
             row_slots=[item.request.slot for item in items],
             sample_rows=sample_rows,
             sample_items=sample_items,
+            prompt_rows=_prompt_rows(items, ends) if prompt_items else _NO_ROWS,
+            prompt_items=prompt_items,
         )
 
     def _fill_rows(
@@ -140,6 +163,15 @@ class BatchBuilder:
         blocks = block_tables[np.repeat(self._rows[: len(items)], counts), positions // self._block_size]
         np.add(blocks * np.int64(self._block_size), positions % self._block_size, out=self._kv_slots[:rows])
         self._rope_lengths[:rows] = np.repeat(known, counts)
+
+
+def _prompt_rows(items: Sequence[ScheduledRequest], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The rows of the items' logprob_positions, int64, ascending."""
+    parts = []
+    for item, end in zip(items, ends.tolist(), strict=True):
+        shift = end - item.num_tokens - item.start  # from a position to its row
+        parts.append(np.arange(item.logprob_positions.start + shift, item.logprob_positions.stop + shift))
+    return np.concatenate([part for part in parts if len(part)])
 
 
 @dataclass(slots=True)

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 KV_SHARE, MAX_KV_BYTES = 4, 4 << 30
 ADAPTER_SHARE, MAX_ADAPTER_BYTES = 8, 2 << 30
 
+MAX_PROMPT_LOGITS = 1 << 25  # elements: prompt logprobs may add so many logits to a step (64 MiB in bf16)
+
 
 def build_core(config_json: bytes) -> EngineCore:
     """The engine for a JSON EngineConfig: what the engine process calls. Raises ConfigError."""
@@ -44,18 +46,20 @@ def build_core(config_json: bytes) -> EngineCore:
 def build(config: EngineConfig) -> EngineCore:
     """Load the base, size the memory, wire the parts. Raises ConfigError and ModelUnsupported."""
     torch.set_num_threads(config.threads or available_cpus())
+    _check_device(config.device)
     manifest, manifest_path = _manifest(config)
     base = load_base(config.model, config.dtype, config.device, config.max_model_len)
     memory = _size_memory(config, base)
     backend = get_backend(config.backend)
     max_slots = config.max_loaded_adapters + 1  # slot 0 is the base's
+    host = HostCache(config.host_memory) if config.host_memory else None
     arena = AdapterArena(
         manifest,
         arena_bytes=memory.adapter_bytes,
         max_slots=max_slots,
         dtype=base.dtype,
         device=base.device,
-        host=HostCache(config.host_memory) if config.host_memory else None,
+        host=host,
     )
     step = StepState(weights=arena.weights, ops=backend)
     adapt(base.model, manifest, step)
@@ -63,7 +67,7 @@ def build(config: EngineConfig) -> EngineCore:
     kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
     runner = ModelRunner(base, kv, step, backend, max_rows=config.max_step_tokens, holds=slots.holds)
     blocks = BlockPool(memory.num_blocks, config.block_size, has_prefix_cache=config.enable_prefix_cache)
-    limits = _limits(config, base)
+    limits = _limits(config, base, manifest)
     return EngineCore(
         ready=_ready(config, base, manifest, manifest_path, memory),
         scheduler=Scheduler(limits, blocks, slots),
@@ -76,6 +80,7 @@ def build(config: EngineConfig) -> EngineCore:
         runner=runner,
         slots=slots,
         phases_of=arena.phases,
+        host=host,
         on_close=arena.close,
     )
 
@@ -100,12 +105,21 @@ def _manifest(config: EngineConfig) -> tuple[BaseManifest, Path]:
     return manifest, path
 
 
+def _check_device(device: str) -> None:
+    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise ConfigError(f"--device {device}: this torch build and machine have no such device; use cpu")
+
+
 def _size_memory(config: EngineConfig, base: LoadedBase) -> _Memory:
     """KV blocks and arena bytes: as asked, or a share of what is free now that the weights are loaded."""
     free = available_memory() if base.device.type == "cpu" else torch.cuda.mem_get_info(base.device)[0]
     kv_bytes = min(free // KV_SHARE, MAX_KV_BYTES) if config.kv_memory is None else config.kv_memory
     block_bytes = base.kv_shape.bytes_per_block(config.block_size, base.dtype)
     num_blocks = kv_bytes // block_bytes
+    asked = {"--kv-memory": config.kv_memory, "--adapter-memory": config.adapter_memory}
+    for flag, num_bytes in asked.items():
+        if num_bytes is not None and num_bytes > free:
+            raise ConfigError(f"{flag} {format_bytes(num_bytes)}: only {format_bytes(free)} are free on {base.device}")
     if num_blocks < 2:
         raise ConfigError(
             f"--kv-memory {format_bytes(kv_bytes)} holds {num_blocks} KV blocks of {format_bytes(block_bytes)}; "
@@ -117,13 +131,14 @@ def _size_memory(config: EngineConfig, base: LoadedBase) -> _Memory:
     return _Memory(num_blocks, num_blocks * block_bytes, adapter_bytes)
 
 
-def _limits(config: EngineConfig, base: LoadedBase) -> SchedulerLimits:
+def _limits(config: EngineConfig, base: LoadedBase, manifest: BaseManifest) -> SchedulerLimits:
     return SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
         max_adapters_per_step=config.max_adapters_per_step,
         max_model_len=base.max_model_len,
         eos_token_ids=base.eos_token_ids,
+        max_logprob_rows=max(1, MAX_PROMPT_LOGITS // manifest.vocab_size),
         max_wait_s=config.max_queue_wait_s,
         rope_switch=base.rope_switch,
     )

@@ -16,9 +16,11 @@ from server.engine.messages import (
     AdapterFailed,
     AdapterReady,
     AddRequest,
+    DropAdapter,
     EngineFailed,
     EngineReady,
     FromEngine,
+    PinAdapter,
     RequestError,
     RequestOutput,
     Shutdown,
@@ -27,6 +29,7 @@ from server.engine.messages import (
     ToEngine,
 )
 from server.engine.process import EngineProcess, LaunchSpec, describe_exit
+from server.engine.residents import Residents
 from server.engine.streams import Streams
 from server.engine.transport import ClientTransport
 from server.errors import ConfigError, EngineDead
@@ -47,6 +50,8 @@ class Engine(Protocol):
 
     died: asyncio.Event
     """set when the engine has ended by itself; the server then turns red and exits non-zero"""
+    residents: Residents
+    """which images are on the device, as far as the engine has told"""
 
     @property
     def ready(self) -> EngineReady: ...
@@ -83,6 +88,12 @@ class Engine(Protocol):
     def adapter_failed(self, key: str, status: int, code: str, message: str) -> None:
         """The image behind `key` will not come."""
 
+    def pin_adapter(self, ref: AdapterRef) -> None:
+        """Load this image and keep it on the device; `residents` tells when it is there or has failed."""
+
+    def drop_adapter(self, image_key: str) -> None:
+        """Let this image go, pinned or not, as soon as nothing uses it."""
+
     async def close(self) -> None:
         """End open requests and the engine. May be called twice."""
 
@@ -98,6 +109,7 @@ class AsyncEngine:
 
     def __init__(self, core: str = DEFAULT_CORE, *, start_timeout_s: float = 600.0) -> None:
         self.died = asyncio.Event()
+        self.residents = Residents()
         self.end_reason: str | None = None  # set when it has ended; for the log, not for clients
         self.exit_code: int | None = None
         self._core = core
@@ -185,6 +197,12 @@ class AsyncEngine:
     def adapter_failed(self, key: str, status: int, code: str, message: str) -> None:
         self._send(AdapterFailed(key, status, code, message))
 
+    def pin_adapter(self, ref: AdapterRef) -> None:
+        self._send(PinAdapter(ref))
+
+    def drop_adapter(self, image_key: str) -> None:
+        self._send(DropAdapter(image_key))
+
     async def close(self, timeout_s: float = 10.0) -> None:
         """Ask the engine to abort everything and exit; kill it after `timeout_s`, or if this is cancelled."""
         if self._process is None:
@@ -227,6 +245,7 @@ class AsyncEngine:
         match message:
             case StepOutputs():
                 self._last_stats = message.stats
+                self.residents.apply(message.slot_changes)
                 await self._streams.deliver(message.outputs)
             case EngineReady():
                 self._transport.seal()

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from adapters_store.errors import AdapterError
+from adapters_store.host import HostCache
 from adapters_store.ref import AdapterRef
 from server.adapters.slots import AdapterSlots
-from server.engine.batch import Batch, BatchBuilder, StepPlan
+from server.engine.batch import Batch, BatchBuilder, StepPlan, StepResult
 from server.engine.messages import (
     AdapterFailed,
     AddRequest,
@@ -26,14 +25,15 @@ from server.engine.messages import (
 )
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler
+from server.engine.tally import StepTally
 
 
 class Runner(Protocol):
-    """What the core needs of the model: start a step, and later its sampled ids."""
+    """What the core needs of the model: start a step, and later what it gave."""
 
     def dispatch(self, batch: Batch) -> Any: ...
 
-    def collect(self, handle: Any) -> npt.NDArray[np.int64]: ...
+    def collect(self, handle: Any) -> StepResult: ...
 
 
 class EngineCore:
@@ -51,6 +51,7 @@ class EngineCore:
         runner: Runner,
         slots: AdapterSlots,
         phases_of: Callable[[str], dict[str, float]],
+        host: HostCache | None = None,
         on_close: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -63,6 +64,8 @@ class EngineCore:
         self._on_close = on_close
         self._clock = clock
         self._last = _StepFacts()
+        self._tally = StepTally()
+        self._host = host
         self._refused: list[RequestOutput] = []  # terminal events of requests refused at arrival
 
     def add(self, message: AddRequest) -> None:
@@ -76,6 +79,7 @@ class EngineCore:
             arrival_s=self._clock(),
             pending_key=message.pending,
             adapter=message.adapter,
+            priority=message.priority,
         )
         if self.scheduler.add(request) is not None:
             self._refused.append(_ended(request))
@@ -91,6 +95,14 @@ class EngineCore:
         """The image behind `key` is on disk."""
         self.scheduler.adapter_ready(key, ref)
         self.slots.prefetch(ref)
+
+    def pin_adapter(self, ref: AdapterRef) -> None:
+        """Keep an image on the device, from the first moment there is room for it."""
+        self.slots.pin(ref)
+
+    def drop_adapter(self, image_key: str) -> None:
+        """Let an image go, pinned or not, as soon as nothing uses it."""
+        self.slots.drop(image_key)
 
     def adapter_failed(self, message: AdapterFailed) -> None:
         """The image behind the message's key will not come: the requests pending it end with its error."""
@@ -111,16 +123,21 @@ class EngineCore:
         self._refused = []
         if plan.items:
             outputs += self._run(plan)
-        return StepOutputs(outputs=outputs, stats=self._stats())
+        changes = self.slots.take_changes()
+        for change in changes:
+            if change.state == "ready":
+                self._tally.load(self._phases_of(change.image_key))
+        return StepOutputs(outputs=outputs, stats=self._stats(), slot_changes=changes)
 
     def _run(self, plan: StepPlan) -> list[RequestOutput]:
         started = self._clock()
         image_keys = {item.request.request_id: item.request.adapter_key for item in plan.items}
         batch = self._batches.build(plan)
-        tokens = self._runner.collect(self._runner.dispatch(batch))
+        result = self._runner.collect(self._runner.dispatch(batch))
         now = self._clock()
         self._last = _StepFacts.of(batch, now - started)
-        outputs = self.scheduler.collect(plan, _by_request(batch, tokens), now)
+        self._tally.step(self._last.rows, self._last.distinct_adapters)
+        outputs = self.scheduler.collect(plan, result, now)
         return [self._with_load_phases(output, image_keys) for output in outputs]
 
     def check_integrity(self) -> None:
@@ -151,6 +168,16 @@ class EngineCore:
             adapter_evictions=self.slots.evictions,
             resident_adapters=self.slots.resident,
             adapter_bytes_used=self.slots.bytes_used,
+            adapter_acquires=self.slots.acquires,
+            load_seconds=self._tally.load_seconds,
+            steps_by_rows=self._tally.rows.counts,
+            rows_total=self._tally.rows.total,
+            steps_by_adapters=self._tally.adapters.counts,
+            adapters_total=self._tally.adapters.total,
+            host_images=self._host.num_images if self._host else 0,
+            host_bytes_used=self._host.bytes_used if self._host else 0,
+            host_hits=self._host.hits if self._host else 0,
+            host_evictions=self._host.evictions if self._host else 0,
         )
 
 
@@ -172,11 +199,6 @@ class _StepFacts:
             distinct_adapters=len({slot for _, slot in rows if slot}),
             step_s=step_s,
         )
-
-
-def _by_request(batch: Batch, tokens: npt.NDArray[np.int64]) -> dict[str, int]:
-    ids = (item.request.request_id for item in batch.sample_items)
-    return dict(zip(ids, tokens.tolist(), strict=True))
 
 
 def _ended(request: Request) -> RequestOutput:

@@ -10,25 +10,30 @@ from server.engine.request import Request
 
 
 class Drain:
-    """At most one adapter starves at a time: the one held back the longest, beyond the age limit, by FULL.
+    """At most one adapter starves at a time: of the first in priority the one held back the longest, beyond
+    the age limit, by FULL.
 
-    While it does, an adapter that runs nothing may not take a slot, and the draining ones admit nothing.
-    They are chosen one after another, each when the last is idle and that was not room enough. Every
-    running request ends, so at the latest with all of them idle there is room.
+    While it does, an adapter that runs nothing may not take a slot, and the draining ones admit nothing;
+    a request that goes before it by priority is not held. The draining ones are chosen one after another,
+    each when the last is idle and that was not room enough. Every running request ends, so at the latest
+    with all of them idle there is room.
     """
 
     def __init__(self, queues: WaitingQueues) -> None:
         self._queues = queues
         self._starving: AdapterQueue | None = None
+        self._priority = 0  # of the starving one's head
         self._draining: list[AdapterQueue] = []
 
     def begin(self, now: float) -> None:
         """Look, before a round of admissions, for whom to drain."""
         starving = min(
             (q for q in self._queues if q.last_answer is Acquire.FULL and self._queues.is_aged(q, now)),
-            key=lambda queue: queue.held_since or 0.0,
+            key=lambda queue: (queue.head.priority, queue.held_since or 0.0),
             default=None,
         )
+        if starving is not None:
+            self._priority = starving.head.priority
         if starving is not self._starving:
             self._starving = starving
             self._draining.clear()
@@ -36,6 +41,8 @@ class Drain:
     def may_admit(self, queue: AdapterQueue) -> bool:
         """Whether another request of this adapter takes no room that the starving one waits for."""
         if self._starving is None or queue is self._starving:
+            return True
+        if queue.head.priority < self._priority:
             return True
         if queue.num_running:
             return queue not in self._draining

@@ -15,13 +15,16 @@ from server.engine.messages import (
     AdapterFailed,
     AdapterReady,
     AddRequest,
+    DropAdapter,
     EngineReady,
+    PinAdapter,
     RequestError,
     RequestOutput,
     StepOutputs,
     StepStats,
     ToEngine,
 )
+from server.engine.residents import Residents
 from server.engine.streams import Streams
 
 MAX_WAIT_S = 0.01  # between two turns that had nothing to do
@@ -38,6 +41,7 @@ class InprocEngine:
 
     def __init__(self, core: Core) -> None:
         self.died = asyncio.Event()
+        self.residents = Residents()
         self.end_reason: str | None = None
         self._core = core
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -83,6 +87,12 @@ class InprocEngine:
     def adapter_failed(self, key: str, status: int, code: str, message: str) -> None:
         self._send(AdapterFailed(key, status, code, message))
 
+    def pin_adapter(self, ref: AdapterRef) -> None:
+        self._send(PinAdapter(ref))
+
+    def drop_adapter(self, image_key: str) -> None:
+        self._send(DropAdapter(image_key))
+
     async def close(self, timeout_s: float = 10.0) -> None:
         """Abort what is open, check that nothing leaked, close the core."""
         if self.end_reason is None:
@@ -119,6 +129,7 @@ class InprocEngine:
                 self._turned_s = time.monotonic()
                 outputs, has_work = await loop.run_in_executor(self._thread, self._turn, messages)
                 self._last_stats = outputs.stats
+                self.residents.apply(outputs.slot_changes)
                 await self._streams.deliver(outputs.outputs)
                 if not (has_work or self._inbox or self._streams.open_ids):
                     return

@@ -21,6 +21,8 @@ class SchedulerLimits:
     eos_token_ids: tuple[int, ...] = ()
     max_prefill_chunk: int | None = None
     """rows of one prompt in a step, so that a long one leaves room for others; None = all there are"""
+    max_logprob_rows: int | None = None
+    """rows of a step whose logits give prompt logprobs, each as wide as the vocabulary; None = all there are"""
     max_wait_s: float = 60.0
     """a request that has not started after so long gets 503"""
     max_pending_s: float = 600.0
@@ -38,6 +40,8 @@ class SchedulerLimits:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
             raise ConfigError(f"max_prefill_chunk must be at least 1, not {self.max_prefill_chunk}")
+        if self.max_logprob_rows is not None and self.max_logprob_rows < 1:
+            raise ConfigError(f"max_logprob_rows must be at least 1, not {self.max_logprob_rows}")
         if self.max_step_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_step_tokens is {self.max_step_tokens} and max_num_seqs {self.max_num_seqs}: "

@@ -34,8 +34,10 @@ from server.engine.messages import (
     AdapterFailed,
     AdapterReady,
     AddRequest,
+    DropAdapter,
     EngineFailed,
     EngineReady,
+    PinAdapter,
     Shutdown,
     StepOutputs,
     StepStats,
@@ -70,6 +72,10 @@ class Core(Protocol):
     def adapter_ready(self, key: str, ref: AdapterRef, /) -> None: ...
 
     def adapter_failed(self, failed: AdapterFailed, /) -> None: ...
+
+    def pin_adapter(self, ref: AdapterRef, /) -> None: ...
+
+    def drop_adapter(self, image_key: str, /) -> None: ...
 
     def has_work(self) -> bool:
         """Whether something could progress now: requests running or waiting, loads in flight."""
@@ -141,7 +147,7 @@ class EngineLoop:
         self._open_ids.difference_update(o.request_id for o in outputs.outputs if o.finish_reason is not None)
         now_s = time.monotonic()
         interval_s = HEARTBEAT_S if outputs.stats == self._sent_stats else STATS_INTERVAL_S
-        if outputs.outputs or now_s - self._sent_s >= interval_s:
+        if outputs.outputs or outputs.slot_changes or now_s - self._sent_s >= interval_s:
             self._transport.send(outputs)
             self._sent_stats = outputs.stats
             self._sent_s = now_s
@@ -169,6 +175,10 @@ def apply(core: Core, message: ToEngine) -> None:
             core.adapter_ready(message.key, message.ref)
         case AdapterFailed():
             core.adapter_failed(message)
+        case PinAdapter():
+            core.pin_adapter(message.ref)
+        case DropAdapter():
+            core.drop_adapter(message.image_key)
 
 
 def run_engine(build_core: Callable[[], Core], endpoints: Endpoints, parent_pid: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from adapters_store.ref import AdapterRef
@@ -10,7 +12,7 @@ from adapters_store.ref import AdapterRef
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one request is sampled. Validated by the API; the engine trusts it."""
 
-    max_tokens: int
+    max_tokens: int  # 0: nothing is drawn; what the prompt gives ends it
     min_tokens: int = 0
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0
@@ -22,6 +24,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     stop_token_ids: tuple[int, ...] = ()  # the client's; end the request and are kept in the output
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    allowed_token_ids: tuple[int, ...] = ()  # nothing else is drawn; () = all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences that the output may not complete
+    logprobs: int | None = None  # the chosen token's and so many most likely ones; None = none
+    prompt_logprobs: int | None = None  # the same for each prompt token but the first
 
 
 # --- API -> engine ---------------------------------------------------------------------------------------
@@ -37,6 +44,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     pending: str | None = None
     cache_salt: str = ""
     arrival_s: float = 0.0  # time.time() at arrival in the API
+    priority: int = 0  # lower goes first
 
 
 class AdapterReady(msgspec.Struct, frozen=True, tag=True):
@@ -55,6 +63,18 @@ class AdapterFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class PinAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Load this image as soon as there is room and never evict it, until DropAdapter names it."""
+
+    ref: AdapterRef
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forget this image, pinned or not, as soon as nothing uses it. Requests that have it keep it to their end."""
+
+    image_key: str
+
+
 class Abort(msgspec.Struct, frozen=True, tag=True):
     """The clients of these requests are gone (or a stop string was found)."""
 
@@ -65,7 +85,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Abort everything and exit 0."""
 
 
-ToEngine = AddRequest | AdapterReady | AdapterFailed | Abort | Shutdown
+ToEngine = AddRequest | AdapterReady | AdapterFailed | PinAdapter | DropAdapter | Abort | Shutdown
 
 # --- engine -> API ---------------------------------------------------------------------------------------
 
@@ -93,6 +113,15 @@ class RequestError(msgspec.Struct, frozen=True):
     retry_after_s: int | None = None
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """One position: log-softmax of the model's own logits, before penalties, biases and temperature."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = the most likely
+    top: list[tuple[int, float]] = []  # (token id, logprob) of the most likely ones, best first
+
+
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What one step did for one request. The one with `finish_reason` set is its terminal event.
 
@@ -106,6 +135,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     error: RequestError | None = None
     num_cached_tokens: int | None = None  # with the first output: prompt tokens taken from the prefix cache
     phases: dict[str, float] | None = None  # with the first output: seconds by phase, engine side
+    logprobs: list[TokenLogprobs] | None = None  # one for each of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # with the first output: of prompt tokens 1, 2, ...
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,6 +158,24 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     adapter_evictions: int = 0
     resident_adapters: int = 0
     adapter_bytes_used: int = 0
+    adapter_acquires: int = 0  # times a request got its adapter's slot
+    load_seconds: dict[str, float] = {}  # by phase, of all loads into device memory
+    steps_by_rows: tuple[int, ...] = ()  # steps by tally.ROW_BOUNDS
+    rows_total: int = 0
+    steps_by_adapters: tuple[int, ...] = ()  # steps by tally.ADAPTER_BOUNDS
+    adapters_total: int = 0
+    host_images: int = 0
+    host_bytes_used: int = 0
+    host_hits: int = 0
+    host_evictions: int = 0
+
+
+class SlotChange(msgspec.Struct, frozen=True):
+    """An image came to the device, left it, or could not be loaded."""
+
+    image_key: str
+    state: Literal["ready", "gone", "failed"]
+    message: str = ""  # why it failed
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):
@@ -134,6 +183,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag=True):
 
     outputs: list[RequestOutput]
     stats: StepStats
+    slot_changes: list[SlotChange] = []  # since the last message, in order: every one is told exactly once
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):

@@ -1,8 +1,8 @@
 """Who is in line, and who is next. One queue per adapter, the base's being one of them.
 
-Order of turns: requests that already ran and were preempted; then adapters held back for longer than
-the age limit, the longest held first; then the rest by rows served, the least served first. Inside an
-adapter it is first come, first served.
+Order of turns: by priority, the lowest number first. Among equals: requests that already ran and were
+preempted; then adapters held back for longer than the age limit, the longest held first; then the rest by
+rows served, the least served first. Inside an adapter and a priority it is first come, first served.
 
 Served rows are a virtual counter: an adapter that comes back from idleness starts at the least served
 of those at work, so nobody saves up turns, and nobody who was busy is punished for it.
@@ -11,6 +11,7 @@ of those at work, so nobody saves up turns, and nobody who was busy is punished 
 from __future__ import annotations
 
 import heapq
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,8 +19,54 @@ from dataclasses import dataclass, field
 from server.adapters.slots import Acquire
 from server.engine.request import Request
 
-Turn = tuple[int, float, float, str]
-"""sort key of a turn: class, two keys inside the class, adapter key"""
+Turn = tuple[int, int, float, float, str]
+"""sort key of a turn: priority, class, two keys inside the class, adapter key"""
+
+
+class Line:
+    """One adapter's requests in line: by priority, then in order of arrival, preempted ones before the rest."""
+
+    def __init__(self) -> None:
+        self._by_priority: dict[int, OrderedDict[str, Request]] = {}  # by request id; no empty ones
+        self._priorities: list[int] = []  # its keys, ascending
+
+    def __len__(self) -> int:
+        return sum(len(requests) for requests in self._by_priority.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._priorities)
+
+    def __iter__(self) -> Iterator[Request]:
+        for priority in self._priorities:
+            yield from self._by_priority[priority].values()
+
+    @property
+    def head(self) -> Request:
+        return next(iter(self))
+
+    @property
+    def levels(self) -> list[OrderedDict[str, Request]]:
+        """The requests of each priority, each in order."""
+        return [self._by_priority[priority] for priority in self._priorities]
+
+    def append(self, request: Request) -> None:
+        """Behind all others of its priority."""
+        if request.priority not in self._by_priority:
+            self._by_priority[request.priority] = OrderedDict()
+            insort(self._priorities, request.priority)
+        self._by_priority[request.priority][request.request_id] = request
+
+    def push_front(self, request: Request) -> None:
+        """Before all others of its priority."""
+        self.append(request)
+        self._by_priority[request.priority].move_to_end(request.request_id, last=False)
+
+    def remove(self, request: Request) -> None:
+        requests = self._by_priority[request.priority]
+        del requests[request.request_id]
+        if not requests:
+            del self._by_priority[request.priority]
+            self._priorities.remove(request.priority)
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +76,7 @@ class AdapterQueue:
     key: str  # image key; "" for the base
     name: str
     served: int = 0  # rows scheduled, as a virtual counter
-    waiting: OrderedDict[str, Request] = field(default_factory=OrderedDict)
+    waiting: Line = field(default_factory=Line)
     num_running: int = 0
     last_turn: int = 0  # number of its last turn among a step's adapters; 0 = none yet
     last_answer: Acquire | None = None  # of the slots, when it was not READY and nothing was admitted since
@@ -37,7 +84,7 @@ class AdapterQueue:
 
     @property
     def head(self) -> Request:
-        return next(iter(self.waiting.values()))
+        return self.waiting.head
 
     @property
     def is_idle(self) -> bool:
@@ -49,10 +96,11 @@ class AdapterQueue:
             self.last_answer = answer
         if answer is not Acquire.LOADING and self.held_since is None:
             self.held_since = now
-        for request in reversed(self.waiting.values()):  # what was marked before stands before the rest
-            if request.adapter_wait_s or request.num_preemptions:
-                break
-            request.adapter_wait_s = now
+        for requests in self.waiting.levels:
+            for request in reversed(requests.values()):  # what was marked before stands before the rest
+                if request.adapter_wait_s or request.num_preemptions:
+                    break
+                request.adapter_wait_s = now
 
     def release_hold(self) -> None:
         """One of it was admitted, or none is left: its next wait is a new one."""
@@ -85,29 +133,27 @@ class WaitingQueues:
         return queue.held_since is not None and now - queue.held_since >= self._age_limit_s
 
     def append(self, request: Request) -> None:
-        """A new request: last in its adapter's line."""
+        """A new request: last of its priority in its adapter's line."""
         queue = self._queues.get(request.adapter_key)
         if queue is None or queue.is_idle:
             queue = self._join(request)
-        queue.waiting[request.request_id] = request
+        queue.waiting.append(request)
 
     def push_front(self, request: Request) -> None:
-        """A preempted request: first in its adapter's line."""
-        queue = self.of(request)
-        queue.waiting[request.request_id] = request
-        queue.waiting.move_to_end(request.request_id, last=False)
+        """A preempted request: first of its priority in its adapter's line."""
+        self.of(request).waiting.push_front(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out of the line: admitted or ended."""
         queue = self.of(request)
-        del queue.waiting[request.request_id]
+        queue.waiting.remove(request)
         if not queue.waiting:
             queue.release_hold()
 
     def waiting_on(self, key: str) -> list[Request]:
         """The requests in line for an image."""
         queue = self._queues.get(key)
-        return list(queue.waiting.values()) if queue is not None else []
+        return list(queue.waiting) if queue is not None else []
 
     def turns(self, now: float) -> list[Turn]:
         """A heap of the turns of all adapters that have someone in line."""
@@ -119,10 +165,10 @@ class WaitingQueues:
         """When the head of one queue is next."""
         head = queue.head
         if head.num_preemptions:
-            return 0, head.arrival_s, 0.0, queue.key
+            return head.priority, 0, head.arrival_s, 0.0, queue.key
         if queue.held_since is not None and self.is_aged(queue, now):
-            return 1, queue.held_since, 0.0, queue.key
-        return 2, float(queue.served), head.arrival_s, queue.key
+            return head.priority, 1, queue.held_since, 0.0, queue.key
+        return head.priority, 2, float(queue.served), head.arrival_s, queue.key
 
     def next_of(self, turns: list[Turn]) -> AdapterQueue:
         """Pop the next turn's queue."""

@@ -6,10 +6,13 @@ import enum
 from dataclasses import dataclass, field
 
 from adapters_store.ref import AdapterRef
-from server.engine.messages import RequestError, SamplingParams
+from server.engine.messages import RequestError, SamplingParams, TokenLogprobs
 
 NOT_FINITE = -1
 """In place of a sampled id: the row's logits were NaN or infinite, so there was nothing to draw from."""
+
+NO_TOKEN = -2
+"""In place of a sampled id: the request's own masks and bans left no token to draw."""
 
 
 class RequestState(enum.Enum):
@@ -34,7 +37,8 @@ class Request:
                       num_computed ──────▶ (KV is written and collected up to here)
                       num_scheduled ─────────▶ (… plus what is dispatched but not collected)
 
-    Set at arrival and never changed: request_id, num_prompt, params, cache_salt, arrival_s, pending_key.
+    Set at arrival and never changed: request_id, num_prompt, params, cache_salt, arrival_s, pending_key,
+    priority.
     Set by the scheduler: everything else, unless a field says otherwise.
     """
 
@@ -45,6 +49,7 @@ class Request:
     cache_salt: str = ""
     arrival_s: float = 0.0  # engine's monotonic clock
     pending_key: str | None = None
+    priority: int = 0  # lower goes first
     adapter: AdapterRef | None = None  # set once, at arrival or by AdapterReady; kept to the end
 
     state: RequestState = RequestState.WAITING
@@ -61,7 +66,9 @@ class Request:
     error: RequestError | None = None
     adapter_wait_s: float = 0.0  # when it was first held back by LOADING/FULL (0 = never)
     first_scheduled_s: float = 0.0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of prompt tokens 1, 2, ...; kept on preemption
     penalty_state: object | None = None  # the sampler's own, made at first use
+    logit_edits: object | None = None  # the same, of what is fixed: bias, allowed and banned tokens
 
     @property
     def num_output(self) -> int:
@@ -73,6 +80,26 @@ class Request:
         return len(self.token_ids) - self.num_scheduled
 
     @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether it wants logprobs of prompt tokens that were not collected yet."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    def prompt_logprob_positions(self, start: int, count: int) -> range:
+        """The positions in start : start + count whose logits give prompt logprobs that are still missing.
+
+        Position p gives those of prompt token p + 1, so the last prompt token's position gives none.
+        """
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        first = max(start, len(self.prompt_logprobs))
+        return range(first, max(first, min(start + count, self.num_prompt - 1)))
+
+    @property
     def adapter_key(self) -> str:
         """Image key; "" for the base."""
         return self.adapter.image_key if self.adapter is not None else ""
+
+
+def priority_of(request: Request) -> int:
+    """Sort key that leaves requests of equal priority in their order."""
+    return request.priority

@@ -8,7 +8,7 @@ from typing import Protocol
 from adapters_store.ref import AdapterRef
 from server.adapters.slots import Acquire
 from server.engine.blocks import BlockPool, KvNamespace
-from server.engine.request import Request, RequestState
+from server.engine.request import Request, RequestState, priority_of
 
 
 class Slots(Protocol):
@@ -35,10 +35,16 @@ class RunningSet:
         return len(self._requests)
 
     def __iter__(self) -> Iterator[Request]:
+        """In order of admission."""
         return iter(self._requests.values())
 
     def find_prefix(self, request: Request) -> list[int]:
-        """The cached blocks that a request can start from. Takes nothing."""
+        """The cached blocks that a request can start from. Takes nothing.
+
+        None for one that lacks prompt logprobs: a cached position has KV but no logits.
+        """
+        if request.lacks_prompt_logprobs:
+            return []
         known = len(request.token_ids)
         self._extend_hashes(request, known)
         return self._blocks.match_prefix(request.block_hashes, known)
@@ -58,7 +64,8 @@ class RunningSet:
         self._requests[request.request_id] = request
         if request.num_preemptions == 0:
             request.num_cached = request.num_computed
-            self._blocks.record_match(request.num_prompt, request.num_cached)
+            if not request.lacks_prompt_logprobs:
+                self._blocks.record_match(request.num_prompt, request.num_cached)
 
     def give_up(self, request: Request) -> None:
         """Out of the set: its blocks and its slot ref go."""
@@ -79,12 +86,15 @@ class RunningSet:
         return True
 
     def victim_for(self, request: Request) -> Request | None:
-        """Whose blocks `request` may have: the latest admitted without rows in flight, itself at the last.
+        """Whose blocks `request` may have: the one of least priority, of equals the latest admitted, without
+        rows in flight; itself at the last.
 
-        None: only rows in flight hold what it needs; wait for a collect. So the oldest never has to go.
+        None: only rows in flight hold what it needs; wait for a collect. So the first in this order never
+        has to go.
         """
         is_any_in_flight = False
-        for candidate in reversed(self._requests.values()):
+        in_order = sorted(self, key=priority_of)
+        for candidate in reversed(in_order):
             if candidate is request:
                 break
             if not candidate.is_in_flight:

@@ -17,26 +17,28 @@ admissions. Nothing here waits: what can't go now is passed over and ages.
 - Drain: when the arena has been FULL for one adapter for longer than the age limit, no other adapter may
   take a slot, and the running adapter that will be idle soonest admits nothing more; one after another, until
   there is room. At the latest the arena has no refs left, and then it fits.
-- Preemption: when blocks run out, the latest admitted goes first and keeps its tokens; the oldest never
-  has to, so something always finishes.
+- Preemption: when blocks run out, the request of least priority goes first, of equals the latest admitted;
+  it keeps its tokens. The first in that order never has to go, so something always finishes.
+- Priority, lower first, decides admission before all else, and who takes rows and blocks first in a step.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from adapters_store.errors import AdapterTooLarge
 from adapters_store.ref import AdapterRef
 from server.adapters.slots import Acquire
-from server.engine.batch import ScheduledRequest, StepPlan
+from server.engine.batch import ScheduledRequest, StepPlan, StepResult
 from server.engine.blocks import BlockPool
 from server.engine.drain import Drain
 from server.engine.limits import SchedulerLimits
 from server.engine.messages import RequestError, RequestOutput, StepStats
 from server.engine.queues import AdapterQueue, WaitingQueues
-from server.engine.request import NOT_FINITE, FinishReason, Request, RequestState
+from server.engine.request import NO_TOKEN, NOT_FINITE, FinishReason, Request, RequestState, priority_of
 from server.engine.running import RunningSet, Slots
 
 
@@ -46,6 +48,7 @@ class _Draft:
 
     now: float
     budget: int  # rows left
+    logprob_rows: int  # of those, how many may give prompt logprobs
     adapters: set[str]  # image keys that have or may have rows in it
     plan: StepPlan = field(default_factory=StepPlan)
 
@@ -56,6 +59,12 @@ _OVERFLOW = RequestError(
     message="The model's output for this request is not finite (NaN or infinity), so no token can be drawn. "
     "With an adapter, its weights overflow in the base's dtype.",
 )
+_NOTHING_TO_DRAW = RequestError(
+    status=400,
+    code="no_token_allowed",
+    message="No token is left to draw: allowed_token_ids, bad_words and min_tokens together rule out all of them.",
+)
+_FAILURES = {NOT_FINITE: _OVERFLOW, NO_TOKEN: _NOTHING_TO_DRAW}  # by what stands in place of a sampled id
 
 
 class Scheduler:
@@ -140,7 +149,7 @@ class Scheduler:
         return len(self._pending_since)
 
     def _refusal(self, request: Request) -> RequestError | None:
-        if request.num_prompt < self._max_len:
+        if request.num_prompt + min(1, request.params.max_tokens) <= self._max_len:
             return None
         why = ""
         if self._max_len < self.limits.max_model_len:
@@ -185,7 +194,8 @@ class Scheduler:
         self._expire(now)
         ready = [r for r in self._running if r.num_remaining > 0 and not r.abort_requested]
         chosen = self._choose_adapters(ready)
-        draft = _Draft(now, self.limits.max_step_tokens, chosen)
+        logprob_rows = self.limits.max_logprob_rows or self.limits.max_step_tokens
+        draft = _Draft(now, self.limits.max_step_tokens, logprob_rows, chosen)
         self._schedule_running(draft, [r for r in ready if r.adapter is None or r.adapter_key in chosen])
         self._admit(draft)
         draft.plan.ended, self._ended = self._ended, []
@@ -232,7 +242,8 @@ class Scheduler:
         queue.last_turn = self._num_turns
 
     def _schedule_running(self, draft: _Draft, requests: list[Request]) -> None:
-        """Decodes, then prefill chunks, each in order of admission."""
+        """Decodes, then prefill chunks, each by priority and in order of admission."""
+        requests.sort(key=priority_of)
         prefills = [request for request in requests if request.num_remaining > 1]
         for request in requests:
             is_next = request.num_remaining == 1 and request.state is RequestState.RUNNING
@@ -247,9 +258,16 @@ class Scheduler:
         if self.limits.max_prefill_chunk is not None:
             count = min(count, self.limits.max_prefill_chunk)
         start = request.num_scheduled
+        positions = request.prompt_logprob_positions(start, count)
+        if len(positions) > draft.logprob_rows:
+            positions = positions[: draft.logprob_rows]
+            count = positions.stop - start
+            if not count:
+                return
         samples = start + count == len(request.token_ids)
-        draft.plan.items.append(ScheduledRequest(request, start, count, samples))
+        draft.plan.items.append(ScheduledRequest(request, start, count, samples, positions))
         draft.budget -= count
+        draft.logprob_rows -= len(positions)
         request.num_scheduled += count
         request.is_in_flight = True
         self._queues.of(request).served += count
@@ -351,12 +369,12 @@ class Scheduler:
 
     # --- a step's results ----------------------------------------------------------------------------------
 
-    def collect(self, plan: StepPlan, tokens: Mapping[str, int], now: float) -> list[RequestOutput]:
-        """Apply the results of the oldest uncollected plan. `tokens`: by id, for items that sample."""
-        outputs = [self._collect_item(item, tokens, now) for item in plan.items]
+    def collect(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
+        """Apply the results of the oldest uncollected plan."""
+        outputs = [self._collect_item(item, result, now) for item in plan.items]
         return [output for output in outputs if output is not None]
 
-    def _collect_item(self, item: ScheduledRequest, tokens: Mapping[str, int], now: float) -> RequestOutput | None:
+    def _collect_item(self, item: ScheduledRequest, result: StepResult, now: float) -> RequestOutput | None:
         request = item.request
         assert request.is_in_flight, f"request {request.request_id!r} is collected twice"
         assert request.num_computed == item.start, "plans are collected in the order of their schedule()"
@@ -368,14 +386,24 @@ class Scheduler:
             self._finish(request, FinishReason.ABORT)
             return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ABORT)
         self._running.cache_full_blocks(request, item.start)
-        return self._append(request, tokens[request.request_id], now) if item.samples else None
+        if item.logprob_positions:
+            assert item.logprob_positions.start == len(request.prompt_logprobs), "a prompt logprob is lost or doubled"
+            request.prompt_logprobs += result.prompt_logprobs[request.request_id]
+        return self._append(request, result, now) if item.samples else None
 
-    def _append(self, request: Request, token: int, now: float) -> RequestOutput:
-        if token == NOT_FINITE:
-            self._finish(request, FinishReason.ERROR, _OVERFLOW)
-            return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=_OVERFLOW)
-        request.token_ids.append(token)
-        is_first = request.num_output == 1
+    def _append(self, request: Request, result: StepResult, now: float) -> RequestOutput:
+        token = result.tokens[request.request_id]
+        is_first = request.num_output == 0
+        error = _FAILURES.get(token)
+        if is_first and any(math.isnan(position.logprob) for position in request.prompt_logprobs):
+            error = _OVERFLOW
+        if error is not None:
+            self._finish(request, FinishReason.ERROR, error)
+            return RequestOutput(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=error)
+        new = [token] if request.params.max_tokens else []  # 0: only what the prompt gives is asked for
+        request.token_ids += new
+        logprobs = None if request.params.logprobs is None else [result.logprobs[request.request_id]][: len(new)]
+        has_prompt_logprobs = request.params.prompt_logprobs is not None
         reason, stop_token_id = self._stop(request, token)
         if reason is not None:
             self._finish(request, reason)
@@ -384,11 +412,13 @@ class Scheduler:
             self._preempt(request)
         return RequestOutput(
             request_id=request.request_id,
-            token_ids=[token],
+            token_ids=new,
             finish_reason=reason,
             stop_token_id=stop_token_id,
             num_cached_tokens=request.num_cached if is_first else None,
             phases=_phases(request, now) if is_first else None,
+            logprobs=logprobs,
+            prompt_logprobs=request.prompt_logprobs if is_first and has_prompt_logprobs else None,
         )
 
     def _stop(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
@@ -422,7 +452,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that each request is in one place, owns what its state says, and that nothing leaks."""
         self._running.check_integrity()
-        waiting = [request for queue in self._queues for request in queue.waiting.values()]
+        waiting = [request for queue in self._queues for request in queue.waiting]
         pending = [request for requests in self._pending.values() for request in requests.values()]
         everyone = [*self._running, *waiting, *pending]
         assert {id(r) for r in everyone} == {id(r) for r in self._requests.values()}, "a request was lost"

@@ -41,13 +41,19 @@ class Collector:
         return output
 
     def _merge(self, old: RequestOutput, new: RequestOutput) -> RequestOutput:
-        """Tokens of both, the first output's own fields from `old`, everything else from `new`."""
+        """Tokens and logprobs of both, the first output's own fields from `old`, everything else from `new`."""
         token_ids = old.token_ids if self._is_merged else list(old.token_ids)
         token_ids.extend(new.token_ids)
+        logprobs = old.logprobs if self._is_merged or old.logprobs is None else list(old.logprobs)
+        if new.logprobs is not None:
+            logprobs = logprobs or []
+            logprobs.extend(new.logprobs)
         self._is_merged = True
         return replace(
             new,
             token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=new.prompt_logprobs if old.prompt_logprobs is None else old.prompt_logprobs,
             num_cached_tokens=new.num_cached_tokens if old.num_cached_tokens is None else old.num_cached_tokens,
             phases=new.phases if old.phases is None else old.phases,
         )

@@ -1,21 +1,23 @@
-"""The model as the engine sees it: dispatch a batch, collect its sampled ids."""
+"""The model as the engine sees it: dispatch a batch, collect its sampled ids and the logprobs asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from kernels.types import AttentionMetadata
 from server.adapters.layer import AdapterOps, StepState
 from server.adapters.plan import SlotCheck, segments_of
-from server.engine.batch import Batch
+from server.engine.batch import Batch, ScheduledRequest, StepResult
+from server.engine.messages import TokenLogprobs
 from server.model.attention import AttentionContext, AttentionOps
 from server.model.kv import KVCache
 from server.model.loader import LoadedBase
+from server.model.logprobs import RowLogprobs, row_logprobs
 from server.model.sampler import Sampler
 
 
@@ -25,9 +27,20 @@ class KernelOps(AdapterOps, AttentionOps, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """A dispatched step; `collect` turns it into ids."""
+    """A dispatched step; `collect` brings its tensors to the host."""
 
     token_ids: torch.Tensor  # int64 [sampled items], on the device
+    sample_items: list[ScheduledRequest]
+    logprobs: _StepLogprobs | None  # None: nobody asked
+
+
+@dataclass(frozen=True, slots=True)
+class _StepLogprobs:
+    """Rows of `found`: one for each of sample_items, then the logprob_positions of each of prompt_items."""
+
+    found: RowLogprobs
+    sample_items: list[ScheduledRequest]  # those that ask
+    prompt_items: list[ScheduledRequest]
 
 
 class ModelRunner:
@@ -58,17 +71,21 @@ class ModelRunner:
     def dispatch(self, batch: Batch) -> StepHandle:
         """Start one forward pass and the draws of its sampled rows."""
         logits = self.logits(batch)
+        num_sampled = len(batch.sample_items)
         with torch.inference_mode():
-            tokens = self._sampler.sample(logits, [item.request for item in batch.sample_items])
-        return StepHandle(tokens)
+            tokens = self._sampler.sample(logits[:num_sampled], [item.request for item in batch.sample_items])
+            return StepHandle(tokens, batch.sample_items, _step_logprobs(batch, logits, tokens))
 
-    def collect(self, handle: StepHandle) -> npt.NDArray[np.int64]:
-        """The sampled ids in the order of `batch.sample_items`; NOT_FINITE (-1) for a row that must fail."""
-        ids: npt.NDArray[np.int64] = handle.token_ids.cpu().numpy()
-        return ids
+    def collect(self, handle: StepHandle) -> StepResult:
+        """What the step gave; in place of an id NOT_FINITE (-1) or NO_TOKEN (-2) for a row that must fail."""
+        ids = (item.request.request_id for item in handle.sample_items)
+        result = StepResult(tokens=dict(zip(ids, handle.token_ids.tolist(), strict=True)))
+        if handle.logprobs is not None:
+            _take_logprobs(handle.logprobs, result)
+        return result
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """The logits of the sampled rows, [S, V] in the model's dtype. Writes the rows' KV."""
+        """The logits of the batch's head_rows, [S + P, V] in the model's dtype. Writes the rows' KV."""
         assert batch.num_rows and batch.kv_slots.min() >= self._block_size, "block 0 is never written"
         inputs = self._inputs.fill(batch)
         segments, head_segments = segments_of(batch, self._holds)
@@ -88,11 +105,44 @@ class ModelRunner:
                 input_ids=inputs.ids[None],
                 position_ids=inputs.positions[None],
                 use_cache=False,
-                logits_to_keep=inputs.sample_rows,
+                logits_to_keep=inputs.head_rows,
                 step=self._context,
             )
         logits: torch.Tensor = out.logits[0]
         return logits
+
+
+def _step_logprobs(batch: Batch, logits: torch.Tensor, tokens: torch.Tensor) -> _StepLogprobs | None:
+    """The logprobs that the batch's requests ask for, of logits [S + P, V] and drawn tokens [S]."""
+    asking = [row for row, item in enumerate(batch.sample_items) if item.request.params.logprobs is not None]
+    if not asking and not batch.prompt_items:
+        return None
+    sample_items = [batch.sample_items[row] for row in asking]
+    rows = torch.tensor([*asking, *range(len(tokens), len(logits))], device=logits.device)
+    following: list[int] = []  # a prompt row's token is the one that stands behind it
+    for item in batch.prompt_items:
+        positions = item.logprob_positions
+        following += item.request.token_ids[positions.start + 1 : positions.stop + 1]
+    chosen = tokens[rows[: len(asking)]].clamp(min=0)  # a failed row's value is never read
+    token_ids = torch.cat([chosen, torch.tensor(following, dtype=torch.int64, device=logits.device)])
+    num_top = max(_num_top(sample_items, batch.prompt_items))
+    return _StepLogprobs(row_logprobs(logits, rows, token_ids, num_top), sample_items, batch.prompt_items)
+
+
+def _num_top(sample_items: list[ScheduledRequest], prompt_items: list[ScheduledRequest]) -> list[int]:
+    """How many of the most likely tokens each row of a _StepLogprobs is asked for."""
+    counts = [item.request.params.logprobs or 0 for item in sample_items]
+    for item in prompt_items:
+        counts += [item.request.params.prompt_logprobs or 0] * len(item.logprob_positions)
+    return counts
+
+
+def _take_logprobs(step: _StepLogprobs, result: StepResult) -> None:
+    found: Iterator[TokenLogprobs] = iter(step.found.to_host(_num_top(step.sample_items, step.prompt_items)))
+    for item in step.sample_items:
+        result.logprobs[item.request.request_id] = next(found)
+    for item in step.prompt_items:
+        result.prompt_logprobs[item.request.request_id] = list(islice(found, len(item.logprob_positions)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +153,7 @@ class _StepInputs:
     positions: torch.Tensor  # [rows]
     kv_slots: torch.Tensor  # [rows]
     rope_lengths: torch.Tensor  # [rows]
-    sample_rows: torch.Tensor  # [S]
+    head_rows: torch.Tensor  # [S + P]: sampled rows, then those that give prompt logprobs
 
 
 class _InputBuffers:
@@ -114,7 +164,7 @@ class _InputBuffers:
         self._device = self._host if device.type == "cpu" else self._host.to(device)
 
     def fill(self, batch: Batch) -> _StepInputs:
-        arrays = (batch.ids, batch.positions, batch.kv_slots, batch.rope_lengths, batch.sample_rows)
+        arrays = (batch.ids, batch.positions, batch.kv_slots, batch.rope_lengths, batch.head_rows)
         host = self._host.numpy()
         assert batch.num_rows <= host.shape[1], f"{batch.num_rows} rows in buffers of {host.shape[1]}"
         for line, array in enumerate(arrays):

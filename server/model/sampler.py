@@ -7,20 +7,28 @@ from dataclasses import dataclass
 
 import torch
 
-from server.engine.request import NOT_FINITE, Request
+from server.engine.messages import SamplingParams
+from server.engine.request import NO_TOKEN, NOT_FINITE, Request
+from server.model.edits import LogitEdits, has_edits
 from server.model.penalties import apply_penalties, has_penalties
 from server.model.philox import uniforms
 
 _CHUNK_ELEMENTS = 1 << 22  # fp64 temporaries of sampled rows stay within 32 MiB each
+GREEDY_TEMPERATURE = 1e-5  # and below; vLLM's bound
 _NUCLEUS_GUESS = 1024  # top-p looks at this many of the best tokens, then at 8 times as many, ...
 
 
 class Sampler:
     """Draws by inverse CDF over the vocabulary in id order, with a number that only (seed, output index) set.
 
-    The order of operations is transformers': penalties, min_tokens, temperature, top-k, top-p, min-p. Rows
-    that draw are computed in fp64, each from its own logits alone: neither the batch around a row nor a
-    preemption changes its token.
+    The order of operations, vLLM's (v1/sample/sampler.py): allowed_token_ids, bad_words, min_tokens,
+    logit_bias, penalties, temperature, top-k, top-p, min-p. A masked logit is -inf, which no later step
+    raises, so of the first part only "bias before penalties" can be seen: the repetition penalty divides or
+    multiplies by the sign of the biased logit. transformers agrees: SequenceBias comes first in
+    `_get_logits_processor`, then the penalties, and warpers in the order given here.
+
+    Rows that draw are computed in fp64, each from its own logits alone: neither the batch around a row nor
+    a preemption changes its token.
     """
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
@@ -29,10 +37,11 @@ class Sampler:
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """logits [S, V] of any float dtype, one request a row -> int64 [S] on the same device.
 
-        Temperature 0 takes the largest logit, the lowest id on ties. A row with NaN or +inf anywhere, or
-        nothing finite, gets NOT_FINITE.
+        A greedy row takes the largest logit, the lowest id on ties. A row with NaN or +inf anywhere, or
+        nothing finite, gets NOT_FINITE; one that its request's masks leave nothing of gets NO_TOKEN.
         """
         best, tokens = logits.max(dim=-1)  # NaN wins a maximum, so `best` shows it
+        is_empty: torch.Tensor | None = None  # bool [S]: masked to the last token
         changed = [row for row, request in enumerate(requests) if self._changes_logits(request)]
         if changed:
             rows = torch.tensor(changed, device=logits.device)
@@ -41,28 +50,41 @@ class Sampler:
             adjusted_best, tokens[rows] = adjusted.max(dim=-1)
             adjusted_best[~best[rows].isfinite()] = torch.nan
             best = best.float().index_copy(0, rows, adjusted_best)
-        drawn = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+            is_empty = torch.zeros_like(best, dtype=torch.bool).index_copy(0, rows, adjusted_best == -torch.inf)
+        drawn = [row for row, request in enumerate(requests) if not is_greedy(request.params)]
         if drawn:
             rows = torch.tensor(drawn, device=logits.device)
             tokens[rows] = draw(logits, rows, [requests[row] for row in drawn])
-        return torch.where(best.isfinite(), tokens, NOT_FINITE)
+        tokens = torch.where(best.isfinite(), tokens, NOT_FINITE)
+        return tokens if is_empty is None else torch.where(is_empty, NO_TOKEN, tokens)
 
     def _changes_logits(self, request: Request) -> bool:
-        return has_penalties(request.params) or request.num_output < request.params.min_tokens
+        params = request.params
+        return has_edits(params) or has_penalties(params) or request.num_output < params.min_tokens
 
     def _adjusted(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """fp32 [S, V]: penalties, then ends of the request masked while its output is below min_tokens."""
+        """fp32 [S, V]: all that comes before the temperature; ends are masked while the output is below min_tokens."""
         logits = logits.float()
         for row, request in zip(logits, requests, strict=True):
-            if has_penalties(request.params):
-                apply_penalties(row, request)
+            edits = LogitEdits.of(request, row) if has_edits(request.params) else None
+            if edits is not None:
+                edits.mask(row, request)
             if request.num_output < request.params.min_tokens:
                 row[self._ending_ids(request, len(row))] = -torch.inf
+            if edits is not None:
+                edits.add_bias(row)
+            if has_penalties(request.params):
+                apply_penalties(row, request)
         return logits
 
     def _ending_ids(self, request: Request, vocab_size: int) -> list[int]:
         eos = () if request.params.ignore_eos else self._eos_token_ids
         return [token for token in {*eos, *request.params.stop_token_ids} if token < vocab_size]
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether the largest logit is taken: top_k 1 and a vanishing temperature mean that too, also where logits tie."""
+    return params.temperature < GREEDY_TEMPERATURE or params.top_k == 1
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ NUM_CONTEXT_TOKENS = 6  # enough for a decoder to know that the text goes on
 
 
 class Detokenizer:
-    """The output text of one request, special tokens skipped.
+    """The output text of one request; special tokens are skipped unless `skip_special_tokens` is false.
 
     Two things are held back until the next token (or the end) decides them: bytes that are not yet a whole
     character, and a run of byte-fallback tokens. The decoder judges such a run as one: an invalid byte
@@ -23,14 +23,22 @@ class Detokenizer:
     within a character is not used: the output's own bytes would be joined to it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, run_ids: frozenset[int], context: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        run_ids: frozenset[int],
+        context: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skips_special = skip_special_tokens
         self._run_ids = run_ids
         self._ids = list(context[-NUM_CONTEXT_TOKENS:])
         text = self._decode(self._ids)
         if text.endswith("\ufffd") or (self._ids and self._ids[-1] in run_ids):
             self._ids, text = [], ""
-        self._stream = DecodeStream(ids=list(self._ids), skip_special_tokens=True)
+        self._stream = DecodeStream(ids=list(self._ids), skip_special_tokens=skip_special_tokens)
         self._num_chars = len(text)  # characters of the context and of what was given out
         self._num_stepped = len(self._ids)  # ids that the stream has seen
         self._is_pending = False  # the stream holds ids whose text is not given out
@@ -59,4 +67,4 @@ class Detokenizer:
         return text
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skips_special)

@@ -30,6 +30,11 @@ _RENDER_ERRORS = (
     RecursionError,
 )
 _PROBE = "probe-of-content-forms"
+_END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the final message ends in the rendering; cut off there
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # one thing under three names
+
+OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""What a rendering sets itself: extra variables may have any other name."""
 
 
 class ChatTemplateError(Exception):
@@ -47,6 +52,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises ChatTemplateError when `source` doesn't compile."""
         self._special_tokens = dict(special_tokens)
+        self._reads_content = "content" in source
         try:
             self._template = _environment().from_string(source)
         except TemplateError as error:
@@ -56,22 +62,52 @@ class ChatTemplate:
         self.takes_text = _PROBE in text
         self.takes_parts = _PROBE in parts and (parts == text or "'type'" not in parts)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt text of `messages`. Raises ChatTemplateError with the template's own words."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of `messages`. Raises ChatTemplateError with the template's own words.
+
+        continue_final_message: the text ends where the last message's content does. variables: what the
+        template sees beside OWN_VARIABLES and the special tokens, which they replace.
+        """
+        prepared = [self._prepare(message) for message in messages]
+        final = self._mark_end(prepared) if continue_final_message else None
+        own = {"messages": prepared, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                messages=[self._prepare(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            # one dict, not keywords: a variable may have any name, `self` too
+            text = self._template.render({**self._special_tokens, **(variables or {}), **own})
         except _RENDER_ERRORS as error:
             raise ChatTemplateError(str(error) or type(error).__name__) from error
+        return text if final is None else _cut_at_end(text, final)
+
+    def _mark_end(self, prepared: list[dict[str, Any]]) -> str:
+        """Put the end tag behind the last message's text, which is returned."""
+        content = prepared[-1].get("content") if prepared else None
+        if not self._reads_content:
+            raise ChatTemplateError("it reads no message's content, so there is no final message to continue")
+        if isinstance(content, str):
+            prepared[-1]["content"] = content + _END_TAG
+            return content
+        parts = [dict(part) for part in content or ()]
+        last = next((part for part in reversed(parts) if "text" in part), None)
+        if last is None:
+            raise ChatTemplateError("the final message has no text to continue")
+        prepared[-1]["content"] = parts
+        text = str(last["text"])
+        last["text"] = text + _END_TAG
+        return text
 
     def _prepare(self, message: Message) -> dict[str, Any]:
         """`message` without null keys (as transformers has it), its content in a form that the template reads."""
         prepared = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((prepared[key] for key in _REASONING_KEYS if key in prepared), None)
+        if reasoning is not None:
+            prepared = {"thinking": reasoning, **prepared, "reasoning_content": reasoning}
         content = prepared.get("content")
         if isinstance(content, list) and not self.takes_parts:
             prepared["content"] = "\n".join(part["text"] for part in content)
@@ -90,6 +126,16 @@ class ChatTemplate:
             )
         except _RENDER_ERRORS:
             return ""
+
+
+def _cut_at_end(text: str, final: str) -> str:
+    """`text` up to the end tag; where the template trimmed what stood before it, so is the text."""
+    tag = _END_TAG.strip()
+    if final.strip() not in text or tag not in text:
+        raise ChatTemplateError("it drops the end of the final message, which can't be continued then")
+    end = text.rindex(tag)
+    is_kept = text.startswith(_END_TAG, end)
+    return text[:end] if is_kept else text[:end].rstrip()
 
 
 class _GenerationTag(jinja2.ext.Extension):

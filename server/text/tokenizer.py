@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from server.config import default_cache_dir
+from adapters_store.chat_template import template_of_config
+from adapters_store.sources.folder import TEMPLATE_FILE
+from server.config import available_cpus, default_cache_dir
 from server.errors import BadRequest, ConfigError
 from server.text.convert import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, ensure_tokenizer, read_json_object
 from server.text.detokenizer import Detokenizer
-from server.text.templates import ChatTemplate, ChatTemplateError, Message
+from server.text.pieces import Pieces
+from server.text.templates import OWN_VARIABLES, ChatTemplate, ChatTemplateError, Message
 
 MAX_INLINE_CHARS = 1024  # longer texts encode in a thread; so many take about a millisecond
+MAX_TEMPLATES = 64  # adapters' own, kept compiled
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class BaseTokenizer:
-    """Encodes prompts, decodes outputs, renders chats. Immutable after construction, so any thread may use it.
+    """Encodes prompts, decodes outputs, renders chats. Any thread may use it; encode_chat is one event loop's.
 
     Read from a tokenizer.json (see convert.py for which): its post-processor says what `add_special_tokens`
     adds, as in transformers, which ignores add_bos_token of the config beside such a file. The
@@ -42,12 +49,16 @@ class BaseTokenizer:
         config = _read_config(folder)
         self.special_tokens = _add_tokens(self._tokenizer, config)  # e.g. {"bos_token": "<s>"}, for templates
         self.num_tokens: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.max_token_chars = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
         self._run_ids = _run_ids(self._tokenizer)
-        source = _template_source(folder, config)
+        self.pieces = Pieces(self._tokenizer)
         try:
+            source = _template_source(folder, config)
             self.chat_template = None if source is None else ChatTemplate(source, self.special_tokens)
-        except ChatTemplateError as error:
+        except (ChatTemplateError, ValueError) as error:
             raise ConfigError(f"{folder}: {error}") from error
+        self._threads = ThreadPoolExecutor(available_cpus(), thread_name_prefix="tokenizer")
+        self._adapter_templates: OrderedDict[str, ChatTemplate] = OrderedDict()  # by source, most recently used last
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`; special tokens written in the text become their ids."""
@@ -57,31 +68,76 @@ class BaseTokenizer:
         return ids
 
     async def encode_async(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """`encode`, off the event loop when `text` is long."""
+        """`encode`, off the event loop when `text` is long; no more at a time than there are processors."""
         if len(text) <= MAX_INLINE_CHARS:
             return self.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
+        encode = partial(self.encode, text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     async def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool, add_special_tokens: bool
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        add_special_tokens: bool,
+        continue_final_message: bool = False,
+        template: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a chat. Raises BadRequest in the template's words when it refuses the messages."""
-        if self.chat_template is None:
+        """Token ids of a chat. Raises BadRequest in the template's words when it refuses the messages.
+
+        template: the source of an adapter's own template, in place of the base's; rendered off the event
+        loop. kwargs: extra variables of the template (chat_template_kwargs).
+        """
+        if taken := sorted(OWN_VARIABLES.intersection(kwargs or ())):
+            raise BadRequest(f"'chat_template_kwargs' may not set {taken[0]!r}", param="chat_template_kwargs")
+        if continue_final_message and add_generation_prompt:
+            raise BadRequest(
+                "'continue_final_message' goes with 'add_generation_prompt' false: the final message is not over",
+                param="continue_final_message",
+            )
+        chosen = self.chat_template if template is None else await self._adapter_template(template)
+        if chosen is None:
             raise BadRequest("The base model has no chat template: use /v1/completions", param="messages")
+
+        def render() -> str:
+            return chosen.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=kwargs,
+            )
+
         try:
-            text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+            text = render() if template is None else await asyncio.to_thread(render)
         except ChatTemplateError as error:
             raise BadRequest(f"The chat template refuses these messages: {error}", param="messages") from error
         return await self.encode_async(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`, special tokens skipped."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    async def _adapter_template(self, source: str) -> ChatTemplate:
+        """An adapter's template, compiled once. Raises BadRequest when it does not compile."""
+        compiled = self._adapter_templates.get(source)
+        if compiled is None:
+            try:
+                compiled = await asyncio.to_thread(ChatTemplate, source, self.special_tokens)
+            except ChatTemplateError as error:
+                raise BadRequest(
+                    f"The adapter's own template (chat_template.jinja or tokenizer_config.json): {error}", param="model"
+                ) from error
+            self._adapter_templates[source] = compiled
+            while len(self._adapter_templates) > MAX_TEMPLATES:
+                self._adapter_templates.popitem(last=False)
+        self._adapter_templates.move_to_end(source)
+        return compiled
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self, context: Sequence[int] = ()) -> Detokenizer:
+    def detokenizer(self, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh incremental decoder; `context` are the prompt's ids where the output continues its text."""
-        return Detokenizer(self._tokenizer, self._run_ids, context)
+        return Detokenizer(self._tokenizer, self._run_ids, context, skip_special_tokens=skip_special_tokens)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -155,12 +211,5 @@ def _run_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the config's (of several named ones, "default"); None without any."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
+    path = folder / TEMPLATE_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else template_of_config(config)

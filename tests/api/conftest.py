@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from adapters_store.catalog import Catalog
 from adapters_store.sources.local import LocalSource
+from adapters_store.sources.named import NamedSource
 from server.api.app import create_app
 from server.api.service import ApiLimits, ServerState
 from server.engine.messages import AddRequest
@@ -84,17 +85,22 @@ class Served:
     state: ServerState
     adapters_dir: Path
     scripts: dict[str, Script] = field(default_factory=dict)  # by adapter name; "" is the base
+    choices: dict[int, Script] = field(default_factory=dict)  # by the choice's index, before the names
 
     @property
     def tokenizer(self) -> BaseTokenizer:
         return self.state.tokenizer
 
-    def answer(self, text: str, *, adapter: str = "", **fields) -> Script:
-        """Answer with `text` and an eos (unless something else ends it)."""
+    def answer(self, text: str, *, adapter: str = "", choice: int | None = None, **fields) -> Script:
+        """Answer with `text` and an eos (unless something else ends it); `choice` sets that of one index alone."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if fields.get("finish_reason", "stop") == "stop" and "stop_token_id" not in fields:
             ids = [*ids, self.engine.eos_id]
-        script = self.scripts[adapter] = Script(ids, **fields)
+        script = Script(ids, **fields)
+        if choice is None:
+            self.scripts[adapter] = script
+        else:
+            self.choices[choice] = script
         return script
 
     def client(self, **options) -> openai.AsyncOpenAI:
@@ -125,6 +131,9 @@ async def serve(tokenizer, adapters_dir, **options) -> AsyncIterator[Served]:
     served: Served
 
     def script(request: AddRequest) -> Script:
+        index = int(request.request_id.rpartition("-")[2])
+        if index in served.choices:
+            return served.choices[index]
         name = request.adapter.name if request.adapter else ""
         return served.scripts.get(name) or served.scripts[""]
 
@@ -132,7 +141,7 @@ async def serve(tokenizer, adapters_dir, **options) -> AsyncIterator[Served]:
     store = ScriptedStore()
     state = ServerState(
         engine=engine,
-        catalog=Catalog([LocalSource(adapters_dir)], [BASE]),
+        catalog=Catalog([LocalSource(adapters_dir)], [BASE], named=NamedSource([adapters_dir])),
         store=store,
         tokenizer=tokenizer,
         base_names=(BASE, "base-alias"),
@@ -163,7 +172,7 @@ async def served(tokenizer, adapters_dir) -> AsyncIterator[Served]:
 @pytest.fixture
 async def guarded(tokenizer, adapters_dir) -> AsyncIterator[Served]:
     """The same with an API key, "s3cret"."""
-    async with serve(tokenizer, adapters_dir, api_key="s3cret", limits=ApiLimits(max_body_bytes=20_000)) as server:
+    async with serve(tokenizer, adapters_dir, api_keys=("s3cret",), limits=ApiLimits(max_body_bytes=20_000)) as server:
         yield server
 
 

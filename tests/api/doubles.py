@@ -10,17 +10,23 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from adapters_store.ref import AdapterRef, SourceVersion
+from adapters_store.store import StoreTier
 from server.engine.messages import (
     Abort,
     AdapterFailed,
     AdapterReady,
     AddRequest,
+    DropAdapter,
     EngineReady,
+    PinAdapter,
     RequestError,
     RequestOutput,
+    SlotChange,
     StepStats,
     ToEngine,
+    TokenLogprobs,
 )
+from server.engine.residents import Residents
 from server.engine.streams import Streams
 
 
@@ -53,6 +59,9 @@ class ScriptedEngine:
     failed_keys: list[str] = field(default_factory=list)
     last_stats: StepStats = field(default_factory=StepStats)
     silent_s: float = 0.0
+    residents: Residents = field(default_factory=Residents)
+    pinned: list[str] = field(default_factory=list)  # image keys, in the order of the messages
+    dropped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.died = asyncio.Event()
@@ -91,6 +100,12 @@ class ScriptedEngine:
     def adapter_failed(self, key: str, status: int, code: str, message: str) -> None:
         self._receive(AdapterFailed(key, status, code, message))
 
+    def pin_adapter(self, ref: AdapterRef) -> None:
+        self._receive(PinAdapter(ref))
+
+    def drop_adapter(self, image_key: str) -> None:
+        self._receive(DropAdapter(image_key))
+
     async def close(self) -> None:
         self.die()
 
@@ -119,6 +134,12 @@ class ScriptedEngine:
                 self.failed_keys.append(key)
                 for request in self._waiting.pop(key, []):
                     self._end(request.request_id, error=RequestError(status, code, text))
+            case PinAdapter(ref):
+                self.pinned.append(ref.image_key)
+                self.residents.apply([SlotChange(ref.image_key, "ready")])
+            case DropAdapter(image_key):
+                self.dropped.append(image_key)
+                self.residents.apply([SlotChange(image_key, "gone")])
             case Abort(request_ids):
                 for request_id in request_ids:
                     self._abort(request_id)
@@ -151,6 +172,10 @@ class ScriptedEngine:
                     finish_reason=reason if is_last else None,
                     stop_token_id=script.stop_token_id if is_last and reason == "stop" else None,
                     num_cached_tokens=script.num_cached_tokens if start == 0 else None,
+                    logprobs=scores(piece, request.params.logprobs),
+                    prompt_logprobs=scores(request.prompt_ids[1:], request.params.prompt_logprobs)
+                    if start == 0
+                    else None,
                     phases={"queue_s": 0.25, "adapter_wait_s": 0.5, "prefill_s": 0.125} if start == 0 else None,
                 )
             )
@@ -182,6 +207,12 @@ class ScriptedStore:
     def lookup(self, version_key: str) -> AdapterRef | None:
         return self.on_disk.get(version_key)
 
+    def peek(self, version_key: str) -> AdapterRef | None:
+        return self.on_disk.get(version_key)
+
+    def is_compiling(self, version_key: str) -> bool:
+        return False
+
     async def ensure(self, version: SourceVersion) -> AdapterRef:
         self.ensured.append(version.name)
         if version.name in self.gates:
@@ -202,9 +233,27 @@ class ScriptedStore:
         assert self.leases[ref.image_key] > 0, "released without a lease"
         self.leases[ref.image_key] -= 1
 
+    def tier(self) -> StoreTier:
+        return StoreTier(len(self.on_disk), 1000 * len(self.on_disk), 2, len(self.ensured), {"compile": 1.5})
+
     def discard(self, ref: AdapterRef) -> None:
         self.discarded.append(ref.image_key)
         self.on_disk.pop(ref.version, None)
+
+
+def scores(token_ids: list[int], num_top: int | None) -> list[TokenLogprobs] | None:
+    """Made-up logprobs, another for each token; the chosen one is the third most likely."""
+    if num_top is None:
+        return None
+    return [
+        TokenLogprobs(
+            token_id=token_id,
+            logprob=-0.5 - token_id / 1024,
+            rank=3,
+            top=[((token_id + shift) % 256, -0.125 * shift - token_id / 1024) for shift in range(1, num_top + 1)],
+        )
+        for token_id in token_ids
+    ]
 
 
 def ref_of(version: SourceVersion) -> AdapterRef:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
+from server.api.choices import Part
 from server.api.sse import DONE, Frames, SseResponse, guarded
 from server.errors import EngineDead
 from server.text.output import Delta
@@ -29,8 +30,9 @@ def chunks(data: bytes) -> list[dict]:
 def test_every_frame_is_json_with_the_same_envelope(is_chat, has_usage, has_token_ids):
     frames = Frames(ENVELOPE, is_chat=is_chat, has_usage=has_usage, has_token_ids=has_token_ids)
     text = 'quote " back \\ new\nline\x00 🙂 \u2028'
-    data = frames.start([1, 2]) + frames.delta(Delta(text, [3])) + frames.delta(Delta("", [4]))
-    data += frames.end(Delta("", [], "stop", "END"), {"total_tokens": 9})
+    deltas = [Delta(text, [3]), Delta("", [4]), Delta("", [], "stop", "END")]
+    data = frames.start(0, [1, 2]) + b"".join(frames.part(Part(0, delta)) for delta in deltas)
+    data += (frames.usage({"total_tokens": 9}) if has_usage else b"") + DONE
     assert data.endswith(DONE)
     got = chunks(data)
     for chunk in got:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -170,17 +172,41 @@ def test_a_client_that_leaves_is_aborted_within_a_step(server):
         lines = response.iter_lines()  # kept: the connection is closed when its reader is gone
         next(lines)
         assert metric(running.url, "vllm:num_requests_running") == 1
-    deadline = time.monotonic() + 60
-    while metric(running.url, "vllm:num_requests_running") > 0:
-        assert time.monotonic() < deadline, "still running"
-        time.sleep(0.05)
+    wait_until(lambda: metric(running.url, "vllm:num_requests_running") == 0)
     generated = metric(running.url, "vllm:generation_tokens_total")
     assert generated < 4000
+
+
+def test_a_client_that_pipelines_gets_one_answer_and_is_missed_when_it_leaves(server):
+    running, _ = server
+
+    def request(max_tokens: int) -> bytes:
+        fields = {"model": "base", "prompt": "x", "max_tokens": max_tokens, "ignore_eos": True}
+        body = json.dumps(fields).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        return head.encode() + b"Content-Type: application/json\r\n\r\n" + body
+
+    address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(request(2) * 2)
+        answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))  # until the server closes
+    assert answer.count(b"HTTP/1.1 200") == 1 and b"connection: close" in answer.lower()
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(request(4000) * 2)
+        wait_until(lambda: metric(running.url, "vllm:num_requests_running") == 1)
+    wait_until(lambda: metric(running.url, "vllm:num_requests_running") == 0)
 
 
 def test_the_api_process_stays_small(server):
     running, _ = server
     assert running.memory_bytes()["api"] < 300e6
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        time.sleep(0.05)
 
 
 def metric(url: str, name: str) -> float:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.messages import Abort, AddRequest, RequestError, RequestOutput
+from server.engine.messages import Abort, AddRequest, RequestError, RequestOutput, TokenLogprobs
 from server.engine.streams import CHUNK, Collector, Streams
 from server.errors import BadRequest, EngineDead
 from tests.engine.scripted_core import make_request
@@ -21,9 +21,9 @@ def token_output(request_id: str, token_id: int, finish_reason: str | None = Non
     return RequestOutput(request_id=request_id, token_ids=[token_id], finish_reason=finish_reason)
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=60))
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_merging_loses_nothing_whenever_the_reader_comes(reads):
+def test_merging_loses_nothing_whenever_the_reader_comes(reads, has_logprobs):
     """After each put the reader may or may not read; what it sees concatenates to what was sent."""
 
     async def scenario() -> None:
@@ -39,6 +39,8 @@ def test_merging_loses_nothing_whenever_the_reader_comes(reads):
                 stop_token_id=7 if is_last else None,
                 num_cached_tokens=3 if is_first else None,
                 phases={"host": 1.0} if is_first else None,
+                logprobs=[TokenLogprobs(i, -1.0, 1), TokenLogprobs(-i, -2.0, 2)] if has_logprobs else None,
+                prompt_logprobs=[TokenLogprobs(5, -3.0, 4)] if is_first and has_logprobs else None,
             )
             sent.append(output)
             collector.put(output)
@@ -49,6 +51,12 @@ def test_merging_loses_nothing_whenever_the_reader_comes(reads):
         assert [o.phases for o in seen] == [{"host": 1.0}] + [None] * (len(seen) - 1)
         assert [o.finish_reason for o in seen] == [None] * (len(seen) - 1) + ["stop"]
         assert seen[-1].stop_token_id == 7
+        tokens_told = [p.token_id for o in seen for p in o.logprobs or []]
+        assert tokens_told == ([t for o in seen for t in o.token_ids] if has_logprobs else [])
+        assert [o.prompt_logprobs is not None for o in seen] == [has_logprobs] + [False] * (len(seen) - 1)
+        if has_logprobs:
+            assert all(len(o.logprobs) == len(o.token_ids) for o in seen), "a token without its logprob"
+            assert all(len(o.logprobs) == 2 for o in sent), "the sender's lists changed"
         assert [o.token_ids for o in sent] == [[i, -i] for i in range(len(reads))], "the sender's lists changed"
 
     asyncio.run(scenario())
@@ -56,7 +64,7 @@ def test_merging_loses_nothing_whenever_the_reader_comes(reads):
 
 def test_every_field_of_an_output_has_a_merge_rule():
     """A new field of RequestOutput: give it a rule in Collector._merge, test it above, then add it here."""
-    first_only, concatenated = {"num_cached_tokens", "phases"}, {"token_ids"}
+    first_only, concatenated = {"num_cached_tokens", "phases", "prompt_logprobs"}, {"token_ids", "logprobs"}
     from_the_newest = {"request_id", "finish_reason", "stop_token_id", "error"}
     assert set(RequestOutput.__struct_fields__) == first_only | concatenated | from_the_newest
 

@@ -20,9 +20,11 @@ from server.engine.messages import (
     Abort,
     AdapterFailed,
     AdapterReady,
+    DropAdapter,
     EngineFailed,
     EngineReady,
     FromEngine,
+    PinAdapter,
     RequestError,
     RequestOutput,
     Shutdown,
@@ -51,6 +53,8 @@ TO_ENGINE: list[ToEngine] = [
     AdapterReady("key", REF),
     AdapterFailed("key", 404, "adapter_not_found", "no such adapter"),
     Abort(["r1", "r2"]),
+    PinAdapter(REF),
+    DropAdapter("image"),
     Shutdown(),
 ]
 FROM_ENGINE: list[FromEngine] = [

@@ -102,11 +102,11 @@ class Driver:
     def _step(self, items: list[ScheduledRequest]) -> None:
         batch = make_batch(items)
         self.batches.append((batch.num_decodes, batch.num_rows))
-        tokens = self.served.runner.collect(self.served.runner.dispatch(batch))
+        result = self.served.runner.collect(self.served.runner.dispatch(batch))
         for item in items:
             item.request.num_computed = item.start + item.num_tokens
-        for item, token in zip(batch.sample_items, tokens.tolist(), strict=True):
-            item.request.token_ids.append(token)
+        for item in batch.sample_items:
+            item.request.token_ids.append(result.tokens[item.request.request_id])
             if len(item.request.token_ids) - 1 == self.served.base.rope_switch:
                 item.request.num_computed = 0  # as the scheduler does: all KV was rotated for a short length
 
@@ -149,4 +149,13 @@ def make_batch(items: Sequence[ScheduledRequest]) -> Batch:
         row_slots=[item.request.slot for item in ordered],
         sample_rows=starts[1:][sampled] - 1,
         sample_items=[ordered[row] for row in sampled],
+        prompt_rows=np.array(
+            [
+                int(start) + position - item.start
+                for start, item in zip(starts, ordered, strict=False)
+                for position in item.logprob_positions
+            ],
+            np.int64,
+        ),
+        prompt_items=[item for item in ordered if item.logprob_positions],
     )

@@ -77,6 +77,11 @@ def mixed_batch(served: Served, lengths=(5, 9, 3, 14, 7), slots=(0, 1, 2, 0, 1))
     return make_batch(whole_prompts(requests))
 
 
+def sampled(served: Served, batch: Batch) -> list[int]:
+    """The ids that a batch samples, in the order of its sample_items."""
+    return list(served.runner.collect(served.runner.dispatch(batch)).tokens.values())
+
+
 @pytest.mark.parametrize("name", [*CERTIFIED, *UNCERTIFIED])
 def test_each_row_gets_its_own_delta(name: str, tmp_path: Path) -> None:
     """Logits against merged weights, on every site at once: linears, packed or not, embedding, head."""
@@ -139,13 +144,13 @@ def test_a_request_that_is_not_finite_fails_alone(bad: float, tmp_path: Path) ->
     path = tiny_base(tmp_path, "llama")
     served = serve(path)
     batch = mixed_batch(served, slots=(0,) * 5)
-    expected = served.runner.collect(served.runner.dispatch(batch)).tolist()
+    expected = sampled(served, batch)
     broken = 319
     with torch.no_grad():
         served.base.model.get_input_embeddings().weight[broken] = bad
     row = batch.query_starts[2]
     batch.ids[row] = broken
-    tokens = served.runner.collect(served.runner.dispatch(batch)).tolist()
+    tokens = sampled(served, batch)
     assert tokens[2] == NOT_FINITE
     assert tokens[:2] + tokens[3:] == expected[:2] + expected[3:]
     assert NOT_FINITE not in expected
@@ -167,7 +172,7 @@ def test_steps_without_a_sample_and_batches_too_large(tmp_path: Path) -> None:
     requests = [greedy(random_prompts(1, 320, seed=1, lengths=(30, 30))[0], "r", 1)]
     items = whole_prompts(requests)
     items[0].num_tokens, items[0].samples = 20, False
-    assert served.runner.collect(served.runner.dispatch(make_batch(items))).tolist() == []
+    assert sampled(served, make_batch(items)) == []
     too_long = whole_prompts([greedy(random_prompts(1, 320, seed=1, lengths=(200, 200))[0], "r", 1)])
     with pytest.raises(AssertionError, match="200 rows in buffers of 128"):
         served.runner.logits(make_batch(too_long))

@@ -14,13 +14,13 @@ from adapters_store.image import ImageHeader, write_image
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest, Site
 from adapters_store.numeric import ITEM_BYTES, STORED_AS, numpy_dtype, widen
-from adapters_store.sources.folder import NOTED_FILES, PICKLE_FILE
+from adapters_store.sources.folder import PICKLE_FILE, READ_FILES
 from tests.store.bases import VOCAB, Base
 
 
 def files_of(path: Path) -> dict[str, memoryview]:
     """An adapter folder as the compiler is given it."""
-    found = {name: path / name for name in NOTED_FILES if (path / name).exists()}
+    found = {name: path / name for name in (*READ_FILES, PICKLE_FILE) if (path / name).exists()}
     return {name: memoryview(b"" if name == PICKLE_FILE else file.read_bytes()) for name, file in found.items()}
 
 

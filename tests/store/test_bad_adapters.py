@@ -129,6 +129,20 @@ def test_options_of_a_wrong_type_or_value_are_named(option, value, edited, base)
     refusal(edited.config(**{option: value}).path, base, expected, *words)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {"([a-z_.0-9]+)+!": 16}},
+        {"alpha_pattern": {"(.*)*!": 16}},
+        {"target_modules": "([a-z_.0-9]+)+!"},
+        {"exclude_modules": "([a-z_.0-9]+)+!"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_patterns_that_backtrack_for_ever_are_given_up(options, edited, base):
+    refusal(edited.config(**options).path, base, AdapterInvalid, *options, "take longer than 2 s")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"peft_type": "LORA"', "\x00", "[" * 100_000])
 def test_a_config_that_is_no_json_object(text, edited, base):
     (edited.path / "adapter_config.json").write_text(text)

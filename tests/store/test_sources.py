@@ -246,8 +246,8 @@ async def test_the_first_source_wins(root, tmp_path):
     assert (await catalog.resolve("fr")).source == str(root)
     assert (await catalog.resolve("only-there")).source == str(tmp_path / "second")
     listed = await catalog.list()
-    assert [name for name, _ in listed] == ["fr", "only-there", "team/sql", "team/sql/checkpoint-10"]
-    assert dict(listed)["only-there"] == str(tmp_path / "second" / "only-there")
+    assert [item.name for item in listed] == ["fr", "only-there", "team/sql", "team/sql/checkpoint-10"]
+    assert next(item.path for item in listed if item.name == "only-there") == str(tmp_path / "second" / "only-there")
     assert len(catalog.warnings) == 1
 
 
@@ -256,7 +256,7 @@ async def test_the_bases_name_is_never_an_adapter(root):
     catalog = Catalog([LocalSource(root)], ["org/base"])
     with pytest.raises(AdapterNotFound):
         await catalog.resolve("org/base")
-    assert "org/base" not in dict(await catalog.list())
+    assert "org/base" not in [item.name for item in await catalog.list()]
     assert "org/base" in catalog.warnings[0]
 
 
@@ -277,9 +277,9 @@ async def test_a_new_adapter_is_found_at_once_and_listed_soon(root):
     await catalog.list()
     adapter(root / "new")
     assert (await catalog.resolve("new")).name == "new"
-    assert "new" not in dict(await catalog.list())
+    assert "new" not in [item.name for item in await catalog.list()]
     now = 1.0
-    assert "new" in dict(await catalog.list())
+    assert "new" in [item.name for item in await catalog.list()]
 
 
 async def test_listings_at_once_walk_once(root):

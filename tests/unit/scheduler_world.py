@@ -14,10 +14,10 @@ from typing import Any
 
 from adapters_store.ref import AdapterRef
 from server.adapters.slots import AdapterSlots
-from server.engine.batch import BatchBuilder, StepPlan
+from server.engine.batch import Batch, BatchBuilder, StepPlan, StepResult
 from server.engine.blocks import BlockPool
 from server.engine.limits import SchedulerLimits
-from server.engine.messages import RequestError, RequestOutput, SamplingParams
+from server.engine.messages import RequestError, RequestOutput, SamplingParams, TokenLogprobs
 from server.engine.request import FinishReason, Request, RequestState
 from server.engine.scheduler import Scheduler
 from tests.unit.byte_device import PAGE, ByteDevice, make_ref
@@ -36,6 +36,12 @@ DEFAULTS: dict[str, Any] = {
 def adapter(name: str, pages: int = 1) -> AdapterRef:
     """An adapter whose image takes so many pages of the arena."""
     return make_ref(f"image-{name}", pages * PAGE, name)
+
+
+def known_logprobs(image_key: str, token_ids: Sequence[int], position: int) -> TokenLogprobs:
+    """What the model says of the token at `position`: a checksum of who asks, and of all up to it."""
+    seen = zlib.crc32(repr((image_key, list(token_ids[: position + 1]))).encode())
+    return TokenLogprobs(token_ids[position], -float(seen), 1)
 
 
 def next_token(image_key: str, rope: str, token_ids: Sequence[int]) -> int:
@@ -66,7 +72,7 @@ class World:
         self.max_len = min(self.limits.max_model_len, (num_blocks - 1) * block_size)
         self.batches = BatchBuilder(self.limits.max_step_tokens, self.limits.max_num_seqs, num_blocks, block_size)
         self.kv: list[object] = [None] * (num_blocks * block_size)
-        self.in_flight: deque[tuple[StepPlan, dict[str, int]]] = deque()
+        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[RequestOutput]] = defaultdict(list)
         self.ended: dict[str, str] = {}  # terminal events
@@ -83,6 +89,7 @@ class World:
         *,
         pending: str | None = None,
         salt: str = "",
+        priority: int = 0,
         max_tokens: int = 4,
         ignore_eos: bool = True,
         **params: Any,
@@ -99,6 +106,7 @@ class World:
             arrival_s=self.now,
             pending_key=pending,
             adapter=ref,
+            priority=priority,
         )
         self.requests[request_id] = request
         refusal = self.scheduler.add(request)
@@ -127,7 +135,10 @@ class World:
     def schedule(self) -> StepPlan:
         """Schedule, check the plan's bounds, and run it; its results wait for collect()."""
         self.poll()
+        running = [r for r in self.requests.values() if r.state is RequestState.RUNNING]
+        was_free = {r.request_id: r.num_preemptions for r in running if not r.is_in_flight}
         plan = self.scheduler.schedule(self.now)
+        self._check_victims([r for r in running if r.request_id in was_free], was_free)
         for request in plan.ended:
             assert request.finish_reason is not None
             self._end(request.request_id, str(request.finish_reason))
@@ -138,10 +149,10 @@ class World:
         return plan
 
     def collect(self) -> list[RequestOutput]:
-        plan, tokens = self.in_flight.popleft()
+        plan, result = self.in_flight.popleft()
         for item in plan.items:
             self.device.in_use[item.request.slot] -= 1
-        outputs = self.scheduler.collect(plan, tokens, self.now)
+        outputs = self.scheduler.collect(plan, result, self.now)
         for output in outputs:
             self.outputs[output.request_id].append(output)
             if output.finish_reason is not None:
@@ -216,10 +227,32 @@ class World:
         assert self.blocks.num_free == self.blocks.num_usable, "blocks leaked"
         for request_id, request in self.requests.items():
             answer, expected = self.answer(request_id), self.expected(request)
+            self.check_logprobs(request)
             if self.ended[request_id] in (FinishReason.STOP, FinishReason.LENGTH):
                 assert answer == expected, f"{request_id}: {answer} is not {expected}"
             else:
                 assert answer == expected[: len(answer)]
+
+    def check_logprobs(self, request: Request) -> None:
+        """Those of the prompt come once, with the first output; a token's with the token; none unasked."""
+        outputs = self.outputs[request.request_id]
+        has_output = bool(outputs) and outputs[0].num_cached_tokens is not None
+        wanted = [
+            known_logprobs(request.adapter_key, request.token_ids, position)
+            for position in range(1, request.num_prompt)
+        ]
+        is_told = has_output and request.params.prompt_logprobs is not None
+        given = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+        assert given == ([wanted] if is_told else [])
+        assert not is_told or outputs[0].prompt_logprobs is not None, "they came late"
+        position = request.num_prompt
+        for output in outputs:
+            if request.params.logprobs is None:
+                assert output.logprobs is None
+                continue
+            for token, logprobs in zip(output.token_ids, output.logprobs or (), strict=True):
+                assert logprobs == known_logprobs(request.adapter_key, [*request.token_ids[:position], token], position)
+                position += 1
 
     def _rope(self, num_known: int) -> str:
         switch = self.limits.rope_switch
@@ -235,19 +268,29 @@ class World:
         assert plan.num_rows <= self.limits.max_step_tokens
         keys = {r.adapter_key for r in requests} - {""}
         assert len(keys) <= self.limits.max_adapters_per_step
+        logprob_rows = sum(len(item.logprob_positions) for item in plan.items)
+        assert logprob_rows <= (self.limits.max_logprob_rows or self.limits.max_step_tokens)
         chunk = self.limits.max_prefill_chunk or self.limits.max_step_tokens
         assert all(0 < item.num_tokens <= chunk for item in plan.items)
         running = [r for r in self.requests.values() if r.state is RequestState.RUNNING]
         assert len(running) <= self.limits.max_num_seqs
 
+    def _check_victims(self, running: list[Request], num_preemptions: dict[str, int]) -> None:
+        """Who was preempted in this schedule is of no more priority than any that it could have taken instead."""
+        victims = [r for r in running if r.num_preemptions > num_preemptions[r.request_id]]
+        kept = [r for r in running if r.state is RequestState.RUNNING and r not in victims]
+        if victims and kept:
+            assert min(r.priority for r in victims) >= max(r.priority for r in kept), "a victim of too much priority"
+
     def _note_started(self) -> None:
-        """First come, first served inside an adapter: nobody starts before one who waited longer."""
+        """First come, first served inside an adapter and priority: nobody starts before one who waited longer."""
         running = [r for r in self.requests.values() if r.state is RequestState.RUNNING]
         new = [r for r in running if r.request_id not in self.started]
         self.started += [r.request_id for r in new]
         for request in new:
             line = self.queued[request.adapter_key]
-            ahead = line[: line.index(request.request_id)]
+            place = line.index(request.request_id)
+            ahead = [i for i in line if (self.requests[i].priority, line.index(i)) < (request.priority, place)]
             assert all(i in self.started or i in self.ended for i in ahead), f"{request.request_id} overtook in {ahead}"
 
     def _dispatch(self, plan: StepPlan) -> None:
@@ -264,7 +307,7 @@ class World:
                 kv_slot = int(batch.kv_slots[row])
                 assert kv_slot >= self.blocks.block_size, "a row writes to the dummy block"
                 self.kv[kv_slot] = self._content(request, position, int(batch.rope_lengths[row]))
-        tokens: dict[str, int] = {}
+        result = StepResult()
         for index, item in enumerate(batch.items):
             request = item.request
             table = batch.block_tables[index].tolist()
@@ -275,8 +318,29 @@ class World:
                 assert seen == wanted, f"{request.request_id}@{position} reads {seen}, not {wanted}"
             if item.samples:
                 rope = self._rope(len(request.token_ids))
-                tokens[request.request_id] = next_token(request.adapter_key, rope, request.token_ids)
-        self.in_flight.append((plan, tokens))
+                token = result.tokens[request.request_id] = next_token(request.adapter_key, rope, request.token_ids)
+                result.logprobs[request.request_id] = known_logprobs(
+                    request.adapter_key, [*request.token_ids, token], len(request.token_ids)
+                )
+            if item.logprob_positions:
+                result.prompt_logprobs[request.request_id] = [
+                    known_logprobs(request.adapter_key, request.token_ids, position + 1)
+                    for position in item.logprob_positions
+                ]
+        self._check_head_rows(batch)
+        self.in_flight.append((plan, result))
+
+    def _check_head_rows(self, batch: Batch) -> None:
+        """The head sees the last row of who samples, then the rows of all positions that give prompt logprobs."""
+        rows = {
+            (item.request.request_id, item.start + offset): first + offset
+            for item, first in zip(batch.items, batch.query_starts[:-1], strict=True)
+            for offset in range(item.num_tokens)
+        }
+        sampled = [rows[item.request.request_id, item.start + item.num_tokens - 1] for item in batch.sample_items]
+        given = [rows[item.request.request_id, p] for item in batch.prompt_items for p in item.logprob_positions]
+        assert batch.head_rows.tolist() == sampled + given and len(set(sampled + given)) == len(sampled + given)
+        assert batch.prompt_items == [item for item in batch.items if item.logprob_positions]
 
     def _content(self, request: Request, position: int, num_known: int) -> object:
         prefix = tuple(request.token_ids[: position + 1])

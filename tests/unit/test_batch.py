@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.batch import Batch, BatchBuilder, ScheduledRequest, StepPlan
-from server.engine.messages import SamplingParams
+from server.engine.messages import SamplingParams, TokenLogprobs
 from server.engine.request import Request
 
 BLOCK_SIZE, MAX_BLOCKS, MAX_REQUESTS, MAX_ROWS = 4, 8, 6, 64
@@ -27,32 +27,35 @@ def make_request(name: str, length: int, *, slot: int = 0, spare_blocks: int = 0
         request_id=name,
         token_ids=[rng.randrange(1000) for _ in range(length)],
         num_prompt=length,
-        params=SamplingParams(max_tokens=9),
+        params=SamplingParams(max_tokens=9, prompt_logprobs=0 if length % 3 else None),
         blocks=rng.sample(range(1, 500), num_blocks),
         slot=slot,
     )
 
 
 def make_item(request: Request, start: int, count: int) -> ScheduledRequest:
-    return ScheduledRequest(request, start, count, samples=start + count == len(request.token_ids))
+    samples = start + count == len(request.token_ids)
+    return ScheduledRequest(request, start, count, samples, request.prompt_logprob_positions(start, count))
 
 
 def check(batch: Batch, items: list[ScheduledRequest]) -> None:
     """Every field, from the definitions in Batch's docstring."""
     order = sorted(items, key=lambda item: (not item.is_decode, item.request.slot))
     assert batch.items == order, "decodes first, then by slot, else as planned"
-    rows, sample_rows = [], []
+    rows, sample_rows, prompt_rows = [], [], []
     for item in order:
         request = item.request
         for position in range(item.start, item.start + item.num_tokens):
             block, offset = divmod(position, BLOCK_SIZE)
             kv_slot = request.blocks[block] * BLOCK_SIZE + offset
+            if position in item.logprob_positions:
+                prompt_rows.append(len(rows))
             rows.append((request.token_ids[position], position, kv_slot, len(request.token_ids)))
         if item.samples:
             sample_rows.append(len(rows) - 1)
     arrays = (batch.ids, batch.positions, batch.kv_slots, batch.rope_lengths)
     assert list(zip(*(array.tolist() for array in arrays), strict=True)) == rows
-    assert all(array.dtype == np.int64 for array in (*arrays, batch.sample_rows))
+    assert all(array.dtype == np.int64 for array in (*arrays, batch.sample_rows, batch.head_rows))
     assert batch.num_rows == len(rows)
     starts = [sum(item.num_tokens for item in order[:index]) for index in range(len(order) + 1)]
     assert batch.query_starts == starts and batch.num_decodes == sum(item.is_decode for item in order)
@@ -60,6 +63,8 @@ def check(batch: Batch, items: list[ScheduledRequest]) -> None:
     assert batch.row_slots == [item.request.slot for item in order]
     assert batch.sample_rows.tolist() == sample_rows
     assert batch.sample_items == [item for item in order if item.samples]
+    assert batch.prompt_rows.tolist() == prompt_rows and batch.head_rows.tolist() == sample_rows + prompt_rows
+    assert batch.prompt_items == [item for item in order if item.logprob_positions]
     width = max(len(item.request.blocks) for item in order)
     tables = [item.request.blocks + [0] * (width - len(item.request.blocks)) for item in order]
     assert batch.block_tables.tolist() == tables and batch.block_tables.dtype == np.int32
@@ -157,3 +162,17 @@ def test_any_history_of_steps(history, rng):
             start = rng.randrange(len(request.token_ids))
             items.append(make_item(request, start, min(chunk, len(request.token_ids) - start)))
         check(build(builder, items), items)
+
+
+@given(st.integers(1, 20), st.integers(0, 20), st.integers(1, 20), st.integers(0, 19), st.integers(0, 12))
+def test_prompt_rows_are_those_before_a_prompt_token_not_yet_told_of(num_prompt, start, count, num_told, num_output):
+    """By the definition, position by position; after a preemption too, with output behind the prompt."""
+    request = make_request("a", num_prompt + num_output)
+    request.num_prompt = num_prompt
+    request.params = SamplingParams(max_tokens=9, prompt_logprobs=0)
+    request.prompt_logprobs = [TokenLogprobs(0, 0.0, 1)] * min(num_told, num_prompt - 1)
+    wanted = [p for p in range(start, start + count) if len(request.prompt_logprobs) <= p < num_prompt - 1]
+    assert list(request.prompt_logprob_positions(start, count)) == wanted
+    assert request.lacks_prompt_logprobs == (len(request.prompt_logprobs) < num_prompt - 1)
+    request.params = SamplingParams(max_tokens=9)
+    assert not request.prompt_logprob_positions(start, count) and not request.lacks_prompt_logprobs

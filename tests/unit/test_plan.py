@@ -17,18 +17,20 @@ from tests.unit.byte_device import make_ref
 BLOCK = 16
 
 
-def make_item(index: int, slot: int, num_tokens: int, start: int = 0, samples: bool = True) -> ScheduledRequest:
+def make_item(
+    index: int, slot: int, num_tokens: int, start: int = 0, samples: bool = True, asks: bool = False
+) -> ScheduledRequest:
     known = start + num_tokens if samples else start + num_tokens + 1
     request = Request(
         request_id=f"r{index}",
         token_ids=list(range(known)),
         num_prompt=known,
-        params=SamplingParams(max_tokens=4),
+        params=SamplingParams(max_tokens=4, prompt_logprobs=0 if asks else None),
         adapter=make_ref(f"key{slot}", 1) if slot else None,
         blocks=list(range(1, 2 + known // BLOCK)),
         slot=slot,
     )
-    return ScheduledRequest(request, start, num_tokens, samples)
+    return ScheduledRequest(request, start, num_tokens, samples, request.prompt_logprob_positions(start, num_tokens))
 
 
 def build(items: list[ScheduledRequest]) -> Batch:
@@ -49,7 +51,9 @@ def slots_by_row(segments: Segments, num_rows: int) -> list[int]:
 
 
 items_strategy = st.lists(
-    st.tuples(st.integers(0, 3), st.one_of(st.just(1), st.integers(1, 9)), st.integers(0, 5), st.booleans()),
+    st.tuples(
+        st.integers(0, 3), st.one_of(st.just(1), st.integers(1, 9)), st.integers(0, 5), st.booleans(), st.booleans()
+    ),
     min_size=1,
     max_size=20,
 )
@@ -58,12 +62,14 @@ items_strategy = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(items_strategy)
 def test_rows_and_sampled_rows_get_their_own_slot(drawn):
-    items = [make_item(i, slot, count, start, samples) for i, (slot, count, start, samples) in enumerate(drawn)]
+    items = [make_item(i, *one) for i, one in enumerate(drawn)]
     batch = build(items)
     body, head = segments_of(batch, lambda slot, key: key == f"key{slot}")
     by_row = [item.request.slot for item in batch.items for _ in range(item.num_tokens)]
     assert slots_by_row(body, batch.num_rows) == by_row
     sampled = [item.request.slot for item in batch.sample_items]
+    sampled += [item.request.slot for item in batch.items for _ in item.logprob_positions]
+    assert len(batch.head_rows) == len(sampled)
     assert slots_by_row(head, len(sampled)) == sampled
     for segments, rows in ((body, by_row), (head, sampled)):
         changes = sum(1 for left, right in zip([0, *rows], rows, strict=False) if right and right != left)

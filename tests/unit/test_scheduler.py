@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from server.engine.batch import StepResult
 from server.engine.limits import SchedulerLimits
 from server.engine.request import FinishReason, RequestState
 from server.errors import ConfigError
@@ -106,10 +107,10 @@ def test_plans_are_collected_once_and_in_order():
     world.add("a", 25)
     first, second = world.schedule(), world.schedule()
     with pytest.raises(AssertionError, match="in the order"):
-        world.scheduler.collect(second, {}, world.now)
+        world.scheduler.collect(second, StepResult(), world.now)
     world.collect(), world.collect()
     with pytest.raises(AssertionError, match="collected twice"):
-        world.scheduler.collect(first, {}, world.now)
+        world.scheduler.collect(first, StepResult(), world.now)
 
 
 def test_the_first_output_tells_cached_tokens_and_phases():
@@ -134,7 +135,7 @@ def stops(**params):
     while request.state is not RequestState.FINISHED:
         plan = world.scheduler.schedule(world.now)
         token = EOS if request.num_output == 3 else 10 + request.num_output
-        world.outputs["a"] += world.scheduler.collect(plan, {"a": token}, world.now)
+        world.outputs["a"] += world.scheduler.collect(plan, StepResult({"a": token}), world.now)
     world.scheduler.check_integrity()
     assert all(o.finish_reason is None for o in world.outputs["a"][:-1])
     last = world.outputs["a"][-1]

@@ -45,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "max_pending_s": st.sampled_from([5.0, 1e9, 1e9]),
                 "rope_switch": st.sampled_from([None, 10]),
                 "max_model_len": st.sampled_from([24, 64]),
+                "max_logprob_rows": st.sampled_from([None, 1, 3]),
             }
         ),
         has_prefix_cache=st.sampled_from([True, True, False]),
@@ -67,10 +68,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=prompts,
         wanted=st.sampled_from([None, None, None, *REFS, *REFS, *KEYS, TOO_LARGE]),
         salt=st.sampled_from(["", "", "s", "image-a0"]),
-        max_tokens=st.integers(1, 20),
+        max_tokens=st.integers(0, 20),
         min_tokens=st.integers(0, 3),
         ignore_eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (1, 2, 3)]),
+        logprobs=st.sampled_from([None, None, 0]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+        priority=st.sampled_from([0, 0, 0, -1, 2]),
         copies=st.integers(1, 4),
     )
     def add(self, prompt: list[int], wanted: object, salt: str, copies: int, **params: Any) -> None:

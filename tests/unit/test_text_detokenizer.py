@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from server.text.detokenizer import NUM_CONTEXT_TOKENS, Detokenizer
-from server.text.output import OutputText
+from server.text.output import OutputText, TextOptions
 
 WORDS = ["▁hello", "▁world", "he", "llo", "▁", "好", "x"]
 BYTE = 3  # id of <0x00> in the byte-fallback vocabulary
@@ -108,7 +108,7 @@ def test_ids_beyond_the_tokenizer_have_no_text():
 
 
 def output(stops=(), min_tokens=0) -> OutputText:
-    return OutputText(Detokenizer(LEVEL, frozenset()), stops, min_tokens)
+    return OutputText(Detokenizer(LEVEL, frozenset()), TextOptions(stops=stops, min_tokens=min_tokens))
 
 
 def test_an_eos_has_no_text_even_if_it_is_an_ordinary_token():

@@ -1,0 +1,42 @@
+"""What is on the device, as far as the engine has told: an image key and how it is."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from server.engine.messages import SlotChange
+
+MAX_FAILURES = 4096  # remembered; the oldest go first
+
+
+class Residents:
+    """The image keys on the device, and why others could not be loaded; built from the changes, in order."""
+
+    def __init__(self) -> None:
+        self._ready: set[str] = set()
+        self._failures: OrderedDict[str, str] = OrderedDict()
+
+    def __contains__(self, image_key: str) -> bool:
+        return image_key in self._ready
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def failure(self, image_key: str) -> str | None:
+        """Why the last load of this image failed; None when it did not, or has been loaded since."""
+        return self._failures.get(image_key)
+
+    def apply(self, changes: Iterable[SlotChange]) -> None:
+        """Take in what a step told."""
+        for change in changes:
+            if change.state == "gone":
+                self._ready.discard(change.image_key)
+            elif change.state == "ready":
+                self._ready.add(change.image_key)
+                self._failures.pop(change.image_key, None)
+            else:
+                self._failures[change.image_key] = change.message
+                self._failures.move_to_end(change.image_key)
+                if len(self._failures) > MAX_FAILURES:
+                    self._failures.popitem(last=False)

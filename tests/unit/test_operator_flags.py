@@ -1,0 +1,80 @@
+"""Flags that operators set, as the command line takes them; and the CPU quota."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from server import cli, config
+from server.banner import warnings_of
+from server.config import EngineConfig, ServerConfig, available_cpus
+
+
+def parsed(monkeypatch, *flags: str, env: dict[str, str] | None = None) -> ServerConfig:
+    seen: list[ServerConfig] = []
+    monkeypatch.setattr(cli, "_run", lambda found, adapter_examples: seen.append(found))
+    result = CliRunner().invoke(cli.app, ["serve", "--model", "base", *flags], env=env)
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+def test_defaults(monkeypatch):
+    found = parsed(monkeypatch)
+    assert (found.api_keys, found.allowed_origins, found.has_access_log) == ((), (), True)
+    assert found.shutdown_timeout_s < 30, "Kubernetes kills after 30 s"
+    assert found.max_queue_len > 2000 and found.engine_stall_timeout_s > 10
+
+
+def test_values(monkeypatch):
+    flags = ["--max-queue-len", "7", "--shutdown-timeout", "3", "--engine-stall-timeout", "9", "--disable-access-log"]
+    found = parsed(monkeypatch, *flags, "--allowed-origins", '["https://a.example"]')
+    assert (found.max_queue_len, found.shutdown_timeout_s, found.engine_stall_timeout_s) == (7, 3, 9)
+    assert not found.has_access_log and found.allowed_origins == ("https://a.example",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "keys"),
+    [
+        (["--api-key", "a"], {}, ("a",)),
+        (["--api-key", "a,b", "--api-key", "c"], {}, ("a", "b", "c")),
+        ([], {"MULTILORA_API_KEY": "d,e"}, ("d", "e")),
+        (["--api-key", ""], {}, ()),
+    ],
+)
+def test_keys_are_repeated_or_listed(monkeypatch, flags, env, keys):
+    assert parsed(monkeypatch, *flags, env=env).api_keys == keys
+
+
+@pytest.mark.parametrize("origins", ["*", '"*"', "[1]", "{}"])
+def test_origins_that_are_no_list_are_refused_by_name(origins):
+    result = CliRunner().invoke(cli.app, ["serve", "--model", "base", "--allowed-origins", origins])
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "is_warned"),
+    [("127.0.0.1", (), False), ("::1", (), False), ("0.0.0.0", (), True), ("0.0.0.0", ("k",), False), ("::", (), True)],
+)
+def test_open_to_others_without_a_key_is_said(host, keys, is_warned):
+    found = ServerConfig(engine=EngineConfig(model="m"), served_names=("b",), host=host, api_keys=keys)
+    assert bool(warnings_of(found)) == is_warned
+    assert all("--api-key" in line and host in line for line in warnings_of(found))
+
+
+@pytest.mark.parametrize(
+    ("text", "quota"),
+    [("max 100000", None), ("150000 100000", 1.5), ("50000 100000", 0.5), ("400000 100000", 4.0), ("garbage", None)],
+)
+def test_the_cgroups_cpu_quota_bounds_the_threads(tmp_path, monkeypatch, text, quota):
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    found = config._cgroup_quota(tmp_path / "cpu.max")
+    assert found == quota
+    monkeypatch.setattr(config, "_cgroup_quota", lambda: found)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)))
+    assert available_cpus() == {None: 3, 1.5: 1, 0.5: 1, 4.0: 3}[quota]
+
+
+def test_without_a_cgroup_file_there_is_no_quota(tmp_path):
+    assert config._cgroup_quota(tmp_path / "missing") is None
