@@ -5,6 +5,7 @@ step         what 32 adapters add to a decode step, against their bytes at the m
 memory       resident memory of the API and the engine process
 cold         request to first token for an adapter never seen, by phase
 scrape       what a GET /metrics costs
+streams      what open streams cost the API process: memory of one, CPU time of a token, its share of a step
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from loadtest.cold import measure_cold
     from loadtest.scrape import measure_scrape
     from loadtest.steps import measure_steps
+    from loadtest.streams import measure_streams
     from loadtest.throughput import measure_memory, measure_throughput
     from server.demo import ensure_demo_base
 
@@ -52,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "memory": measure_memory,
         "cold": measure_cold,
         "scrape": measure_scrape,
+        "streams": measure_streams,
     }
-    parser = argparse.ArgumentParser(prog="multilora bench", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="multilora bench", description=__doc__, formatter_class=raw)
     parser.add_argument("part", nargs="*", help=f"any of {', '.join(parts)}; default all")
     parser.add_argument("--model", type=Path, help="a local base; default the demo base")
     parser.add_argument("--num-adapters", type=int, default=32)

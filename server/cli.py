@@ -223,7 +223,10 @@ def inspect(
     sys.exit(0 if all(report.is_served for report in reports) else 1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    add_help_option=False,  # the parts have options of their own, and their own help
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
 def bench(context: typer.Context) -> None:
     """Measure: throughput with and without adapters, memory, cold start. See docs/benchmarks.md."""
     from loadtest.bench import main as bench_main

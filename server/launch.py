@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def run(config: ServerConfig, console: Console, adapter_examples: dict[str, str]
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     access_log.write_to(sys.stdout)
+    _allow_many_connections()
     return uvloop.run(_serve(config, console, adapter_examples))
 
 
@@ -87,6 +89,12 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
     finally:
         await store.close()
         await engine.close()
+
+
+def _allow_many_connections() -> None:
+    """Raise the soft limit on open files, often 1,024, to the hard one: each open stream is a file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _existing_folder(flag: str, path: str) -> Path:

@@ -31,6 +31,7 @@ from server.api.fields import (
 from server.engine.messages import EngineReady
 from server.errors import BadRequest, ContextLengthExceeded, ServerError, UnsupportedField
 
+MAX_PROMPT_IDS = 1 << 20  # also of one that will be cut to the context
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
@@ -104,6 +105,13 @@ def _prompt(value: object, info: ValidationInfo) -> PromptInput:
     if isinstance(value, list):
         if not value:
             raise _error("empty", "the prompt must not be empty")
+        max_tokens = info.context["max_model_len"] if info.context else 0
+        if len(value) > max(max_tokens, MAX_PROMPT_IDS):  # looking at each takes long, and the event loop waits
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {max_tokens} tokens. However, the prompt has {len(value)}. "
+                "Please reduce the length of the prompt.",
+                param="prompt",
+            )
         return _token_ids(value, info, "the prompt")
     if not isinstance(value, str):
         raise _error("prompt_type", "the prompt must be a string or a list of token ids")
@@ -453,7 +461,9 @@ def parse_request(schema: type[RequestT], body: Mapping[str, object], ready: Eng
             )
         served["messages"] = [_served_message(message, index) for index, message in enumerate(messages)]
     try:
-        return schema.model_validate(served, context={"vocab_size": ready.vocab_size})
+        return schema.model_validate(
+            served, context={"vocab_size": ready.vocab_size, "max_model_len": ready.max_model_len}
+        )
     except ValidationError as error:
         raise _first_error(error.errors(include_url=False, include_input=False)[0]) from None
 

@@ -1,0 +1,152 @@
+"""The document against the server: what schemathesis makes of /openapi.json is answered as /openapi.json says."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import Case, GenerationMode, Response
+from schemathesis.checks import not_a_server_error
+from schemathesis.config import SchemathesisConfig
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from server.api.openapi import OPERATIONS
+from tests.api.conftest import BASE, Served
+
+NAMING = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}  # they change what the other routes answer
+ROUTES = sorted((method, path) for method, path in OPERATIONS if path not in NAMING)
+WITH_BODY = [route for route in ROUTES if OPERATIONS[route].body is not None]
+GENERATING = ("/v1/completions", "/v1/chat/completions")
+MODELS = [BASE, "base-alias", "support-fr", f"{BASE}:team/sql"]
+NUM_EXAMPLES = 60
+CONFIG = SchemathesisConfig.from_dict({"max-stream-events": 1000})  # streams are read to their end
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    negative_data_rejection,
+]
+# Not positive_data_acceptance: several limits (the context's length, one field's with another's) are not in the
+# document.
+
+
+def with_integers(value: Any) -> Any:
+    """`value` with 1 for 1.0: both are integers in JSON Schema, but not here."""
+    if isinstance(value, dict):
+        return {name: with_integers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [with_integers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def with_models(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the names that are served, so that requests don't all end at the name."""
+    for schema in document["components"]["schemas"].values():
+        if "model" in schema.get("properties", {}):
+            names = MODELS if "model" in schema.get("required", ()) else [*MODELS, None]
+            schema["properties"]["model"] = {"enum": names}
+    (model,) = document["paths"]["/v1/models/{model}"]["get"]["parameters"]
+    model["schema"] = {"enum": [*MODELS, "nobody"]}
+    return document
+
+
+def narrowed(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with those names and few tokens, so that requests reach the engine."""
+    for schema in with_models(document)["components"]["schemas"].values():
+        fields = schema.get("properties", {})
+        if "max_tokens" in fields:
+            fields["max_tokens"] = {"type": "integer", "minimum": 1, "maximum": 40}
+            fields["n"] = {"allOf": [fields["n"], {"maximum": 3}]}
+            schema["required"] = [*schema["required"], "max_tokens"]
+        if "messages" in fields:
+            fields["messages"] = {**fields["messages"], "maxItems": 1}
+    return document
+
+
+def run_all(served: Served, route: tuple[str, str], mode: GenerationMode, change: Callable[[Any], Any]) -> Counter[str]:
+    """Sends what schemathesis makes of one route and checks each answer; how many there were of each kind."""
+    method, path = route
+    document = httpx.get(f"{served.url}/openapi.json").json()
+    operation = schemathesis.openapi.from_dict(change(document), config=CONFIG)[path][method]
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=NUM_EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],  # one failure is enough, and shrinking takes minutes
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: Case) -> None:
+        if mode == GenerationMode.POSITIVE:
+            case.body = with_integers(case.body)
+        response = case.call(base_url=served.url)
+        kind = response.headers["content-type"][0].partition(";")[0]
+        seen[f"{response.status_code} {kind}"] += 1
+        is_stream = kind == "text/event-stream"
+        case.validate_response(response, checks=[*CHECKS, *(() if is_stream else (response_schema_conformance,))])
+        if is_stream:
+            check_stream(response)  # the document calls it a string; schemathesis would hold each event against that
+
+    check()
+    return seen
+
+
+def check_stream(response: Response) -> None:
+    """Every event is a chunk, and the last one [DONE]."""
+    *events, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(event.startswith('data: {"id":') for event in events), events
+
+
+def until_quiet(served: Served) -> None:
+    """Nothing is left running when the last answer has come."""
+    until = time.monotonic() + 5
+    while served.engine.num_open and time.monotonic() < until:
+        time.sleep(0.001)
+    served.assert_quiet()
+
+
+def test_all_routes_but_the_naming_ones_are_here():
+    assert {path for _, path in OPERATIONS} - {path for _, path in ROUTES} == NAMING
+    assert {path for _, path in WITH_BODY} == {*GENERATING, "/tokenize", "/detokenize"}
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=" ".join)
+def test_what_the_document_allows(served_in_thread, route):
+    seen = run_all(served_in_thread, route, GenerationMode.POSITIVE, narrowed)
+    num_answered = seen["200 application/json"]
+    assert num_answered or route[1] == "/metrics", seen
+    if route[1] in GENERATING:  # so many that the engine was really at work, and on streams too
+        assert num_answered >= 10 and seen["200 text/event-stream"] >= 5, seen
+        assert len({request.adapter for request in served_in_thread.engine.added if not request.pending}) >= 2
+    until_quiet(served_in_thread)
+
+
+def test_any_name_of_a_model(served_in_thread):
+    seen = run_all(served_in_thread, ("GET", "/v1/models/{model}"), GenerationMode.POSITIVE, lambda document: document)
+    assert seen["404 application/json"] >= 10, seen
+
+
+@pytest.mark.parametrize("route", WITH_BODY, ids=" ".join)
+def test_what_the_document_forbids_is_refused(served_in_thread, route):
+    seen = run_all(served_in_thread, route, GenerationMode.NEGATIVE, with_models)
+    assert seen["400 application/json"] >= 10, seen
+    assert not served_in_thread.engine.added
+    until_quiet(served_in_thread)
