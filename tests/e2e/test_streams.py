@@ -36,7 +36,7 @@ def many_files() -> Iterator[None]:
     """Sockets for all streams, here and in the server, which inherits the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < NUM_FILES:
-        pytest.skip(f"needs {NUM_FILES} open files, and the hard limit is {hard}: raise it (ulimit -Hn)")
+        pytest.fail(f"needs {NUM_FILES} open files, and the hard limit is {hard}: raise it (ulimit -Hn)")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, NUM_FILES), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

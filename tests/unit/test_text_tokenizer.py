@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from server.config import default_cache_dir
+from server.demo import ensure_demo_base
 from server.errors import BadRequest, ConfigError
 from server.text import convert
 from server.text.tokenizer import MAX_INLINE_CHARS, BaseTokenizer
@@ -163,9 +163,7 @@ def test_parity_of_special_tokens_and_chats(pair):
 
 
 def test_the_demo_base():
-    folder = default_cache_dir() / "smollm2-135m-instruct"
-    if not folder.is_dir():
-        pytest.skip("the demo base is not in the cache: `make demo` makes it")
+    folder = ensure_demo_base()
     ours, theirs = BaseTokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
     for text in TEXTS:
         assert ours.encode(text, add_special_tokens=True) == theirs(text)["input_ids"]
