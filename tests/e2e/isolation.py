@@ -126,7 +126,7 @@ class World:
         prompt = self.random.randrange(len(self.oracle.prompts))
         num_tokens = self.random.randint(1, self.oracle.num_tokens)
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-        fields: dict[str, object] = {"cache_salt": self.random.choice(["", "", "salt"])}
+        fields: dict[str, object] = {"cache_salt": self.random.choice(["", "", "", "", "salt"])}
         content = self.content_of.get(name) if name else None
         if name is not None:
             try:
