@@ -157,9 +157,9 @@ class World:
         version = self.pending.pop(key)
         waiting = self.waiting.pop(key)
         if self.driver.bring(version) is not None:
-            content = self.content_of[version.name].name
-            for request_id, prompt in waiting:
-                self.expected[request_id] = (self.oracle.answers[content, prompt], self.expected[request_id][1])
+            content = self.content_of.get(version.name)
+            for request_id, prompt in waiting if content is not None else ():  # removed: what it was when asked for
+                self.expected[request_id] = (self.oracle.answers[content.name, prompt], self.expected[request_id][1])
 
     def disturb(self) -> None:
         """One of: replace, unload, remove and later restore a name, abort."""
