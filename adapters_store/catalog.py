@@ -8,13 +8,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
-from adapters_store.chat_template import read_chat_template
+from adapters_store.chat_template import AdapterTemplate, read_chat_template
 from adapters_store.errors import AdapterNotFound
 from adapters_store.ref import SourceVersion, is_adapter_name
 from adapters_store.sources.named import NamedSource
 from adapters_store.tensorfile import shown
 
 MAX_TEMPLATES = 1024  # chat templates remembered, by version
+MAX_TEMPLATE_CHARS = 16 << 20  # of all of them
 
 
 class Source(Protocol):
@@ -58,7 +59,8 @@ class Catalog:
         self.named = named or NamedSource()
         self._sources = tuple(sources)
         self._removed: set[str] = set()
-        self._templates: OrderedDict[str, str | None] = OrderedDict()
+        self._templates: OrderedDict[str, AdapterTemplate | None] = OrderedDict()
+        self._template_chars = 0
         self._base_names = frozenset(base_names)
         self._list_age_s = list_age_s
         self._clock = clock
@@ -77,7 +79,7 @@ class Catalog:
                     return version
         raise AdapterNotFound(f"The model {shown(name)} does not exist.")
 
-    async def chat_template(self, version: SourceVersion) -> str | None:
+    async def chat_template(self, version: SourceVersion) -> AdapterTemplate | None:
         """The chat template in the adapter's own folder; None when the base's is its template.
 
         Raises AdapterError: a file that is broken or too large is named, one that is being replaced is 503.
@@ -85,10 +87,17 @@ class Catalog:
         key = version.key
         if key not in self._templates:
             template = await asyncio.to_thread(read_chat_template, version)
-            self._templates[key] = template
-            if len(self._templates) > MAX_TEMPLATES:
-                self._templates.popitem(last=False)
+            if key not in self._templates:  # another request may have read it meanwhile
+                self._remember(key, template)
+            return template
         return self._templates[key]
+
+    def _remember(self, key: str, template: AdapterTemplate | None) -> None:
+        self._templates[key] = template
+        self._template_chars += len(template.source) if template else 0
+        while len(self._templates) > MAX_TEMPLATES or self._template_chars > MAX_TEMPLATE_CHARS:
+            _, oldest = self._templates.popitem(last=False)
+            self._template_chars -= len(oldest.source) if oldest else 0
 
     def assign(self, version: SourceVersion) -> None:
         """Serve `version.path` under `version.name` from now on. Running requests keep what they resolved."""

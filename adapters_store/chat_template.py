@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,52 @@ import msgspec
 
 from adapters_store.errors import AdapterInvalid, AdapterTooLarge, AdapterUnavailable
 from adapters_store.ref import FileVersion, SourceVersion
-from adapters_store.sources.folder import TEMPLATE_FILE, TEMPLATE_FILES, TOKENIZER_CONFIG_FILE, FileChanged
+from adapters_store.sources.folder import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, FileChanged
 from adapters_store.sources.local import LocalSource
 
 MAX_BYTES = {TEMPLATE_FILE: 1 << 20, TOKENIZER_CONFIG_FILE: 16 << 20}  # a config may declare very many tokens
+MAX_FIELD_BYTES = 1 << 20  # of a config's fields that are read here, together
+MAX_COLONS = 1 << 19  # at least as many as a config has fields: bounds what decoding it costs
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA_TOKENS = ("extra_special_tokens", "additional_special_tokens")
 
 
-def read_chat_template(version: SourceVersion) -> str | None:
+@dataclass(frozen=True, slots=True)
+class AdapterTemplate:
+    """An adapter's own chat template."""
+
+    adapter: str
+    file: str
+    """the file that it stands in"""
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """those that the adapter's tokenizer_config.json names, e.g. {"eos_token": "<|im_end|>"}; empty: the base's hold"""
+
+    @property
+    def where(self) -> str:
+        """Its place, as errors name it."""
+        return f"{self.file} of adapter {self.adapter}"
+
+
+def read_chat_template(version: SourceVersion) -> AdapterTemplate | None:
     """The template in chat_template.jinja, else in tokenizer_config.json; None without any. Blocking.
 
     Raises AdapterInvalid and AdapterTooLarge, which name the file, and AdapterUnavailable when the file is
     no longer the version's.
     """
     files = {file.name: file for file in version.files}
-    for name in TEMPLATE_FILES:
-        if name in files and (template := _template_of(version, files[name])) is not None:
-            return template
-    return None
+    own = _read(version, files[TEMPLATE_FILE]) if TEMPLATE_FILE in files else None
+    config = _read(version, files[TOKENIZER_CONFIG_FILE]) if TOKENIZER_CONFIG_FILE in files else None
+    where = f"{TOKENIZER_CONFIG_FILE} of adapter {version.name}"
+    try:
+        fields = _fields(config, where) if config is not None else {}
+        source = template_of_config(fields) if own is None else None
+        tokens = {name: token_text(value) for name, value in named_tokens(fields)[0].items()}
+    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
+        raise AdapterInvalid(f"{where}: {error}") from error
+    if own is not None:
+        return AdapterTemplate(version.name, TEMPLATE_FILE, _text(version, own), tokens)
+    return None if source is None else AdapterTemplate(version.name, TOKENIZER_CONFIG_FILE, source, tokens)
 
 
 def template_of_config(config: Mapping[str, Any]) -> str | None:
@@ -44,19 +74,62 @@ def template_of_config(config: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _template_of(version: SourceVersion, file: FileVersion) -> str | None:
+def named_tokens(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The tokens of a tokenizer_config.json with a name that templates see, and the nameless special ones.
+
+    Names are bos_token and the like, a model's own *_token, and those of extra_special_tokens.
+    """
+    extra: Any = next((config[name] for name in _EXTRA_TOKENS if config.get(name)), [])
+    named = {name: config[name] for name in NAMED_TOKENS if config.get(name) is not None}
+    own = {
+        name: value
+        for name, value in config.items()
+        if name.endswith("_token") and name not in named and isinstance(value, str | dict)
+    }
+    if isinstance(extra, dict):
+        return {**named, **own, **extra}, []
+    return {**named, **own}, list(extra)
+
+
+def token_text(value: object) -> str:
+    """The text of a token declared as text or as an object with "content". ValueError for another form."""
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError("a special token must be a text, or an object whose content is one")
+    return text
+
+
+def _read(version: SourceVersion, file: FileVersion) -> memoryview:
     where = f"{file.name} of adapter {version.name}"
     if file.size > MAX_BYTES[file.name]:
         raise AdapterTooLarge(f"{where} has {file.size} bytes; the limit is {MAX_BYTES[file.name]}")
     try:
-        content = LocalSource(Path(version.source)).read(version, file)
-        if file.name == TEMPLATE_FILE:
-            return str(content, "utf-8")
-        template = template_of_config(msgspec.json.decode(content, type=dict[str, Any]))
+        return LocalSource(Path(version.source)).read(version, file)
     except FileChanged:
         raise AdapterUnavailable(f"{where} is being replaced; try again") from None
-    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-        raise AdapterInvalid(f"{where}: {error}") from error
-    if template is not None and len(template) > MAX_BYTES[TEMPLATE_FILE]:
-        raise AdapterTooLarge(f"{where}: its chat template is longer than {MAX_BYTES[TEMPLATE_FILE]} characters")
-    return template
+
+
+def _text(version: SourceVersion, content: memoryview) -> str:
+    try:
+        return str(content, "utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterInvalid(f"{TEMPLATE_FILE} of adapter {version.name}: {error}") from error
+
+
+def _fields(content: memoryview, where: str) -> dict[str, Any]:
+    """The fields that matter here. All others, which may be huge, are only skipped over."""
+    if (num_colons := bytes(content).count(b":")) > MAX_COLONS:
+        raise AdapterTooLarge(f"{where} has {num_colons} colons, so about as many fields; the limit is {MAX_COLONS}")
+    raw = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+    wanted = {name: value for name, value in raw.items() if name == "chat_template" or _names_tokens(name, value)}
+    num_bytes = sum(len(value) for value in wanted.values())
+    if num_bytes > MAX_FIELD_BYTES:
+        raise AdapterTooLarge(
+            f"{where}: its chat template and special tokens have {num_bytes} bytes; the limit is {MAX_FIELD_BYTES}"
+        )
+    return {name: msgspec.json.decode(value) for name, value in wanted.items()}
+
+
+def _names_tokens(name: str, value: msgspec.Raw) -> bool:
+    """Whether the field gives tokens names; a list of nameless ones does not, and may be long."""
+    return name.endswith("_token") or (name in _EXTRA_TOKENS and bytes(value).startswith(b"{"))

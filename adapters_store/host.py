@@ -66,6 +66,7 @@ class HostCache:
         self._lock = threading.Lock()
         self._buffers: OrderedDict[str, tuple[Buffer, int]] = OrderedDict()
         self._reading: dict[str, Future[Buffer]] = {}
+        self._changes: list[tuple[str, bool]] = []
         self.bytes_used = 0
         self.hits = 0
         self.reads = 0
@@ -94,6 +95,13 @@ class HostCache:
             held = self._buffers.pop(image_key, None)
             if held is not None:
                 self.bytes_used -= held[1]
+                self._changes.append((image_key, False))
+
+    def take_changes(self) -> list[tuple[str, bool]]:
+        """(image key, whether it is held) of each image that came or left since the last call, in order."""
+        with self._lock:
+            changes, self._changes = self._changes, []
+        return changes
 
     @property
     def num_images(self) -> int:
@@ -123,8 +131,10 @@ class HostCache:
         if ref.data_bytes > self._budget_bytes:
             return
         while self.bytes_used + ref.data_bytes > self._budget_bytes:
-            _, (_, num_bytes) = self._buffers.popitem(last=False)
+            image_key, (_, num_bytes) = self._buffers.popitem(last=False)
             self.bytes_used -= num_bytes
             self.evictions += 1
+            self._changes.append((image_key, False))
         self._buffers[ref.image_key] = (buffer, ref.data_bytes)
         self.bytes_used += ref.data_bytes
+        self._changes.append((ref.image_key, True))

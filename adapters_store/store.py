@@ -13,6 +13,7 @@ from adapters_store.catalog import Catalog, Listings
 from adapters_store.compile.job import CompileJob
 from adapters_store.compile.lower import COMPILER_VERSION
 from adapters_store.disk import DiskImages
+from adapters_store.histogram import Counts, PhaseTimes
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest, write_manifest
 from adapters_store.ref import AdapterRef, SourceVersion, image_key_of
@@ -29,7 +30,8 @@ class StoreTier:
     num_bytes: int = 0
     evictions: int = 0
     compiles: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase: queue, fetch, compile
+    seconds: Mapping[str, Counts] = field(default_factory=dict)  # by phase: queue, fetch, compile
+    hits: int = 0  # lookups that found the image
 
 
 class _Flight:
@@ -68,9 +70,11 @@ class AdapterStore:
         self.worker = CompileWorker(manifest_path, timeout_s=compile_timeout_s)
         self._flights: dict[str, _Flight] = {}
         self._phases: OrderedDict[str, dict[str, float]] = OrderedDict()
-        self._seconds: dict[str, float] = {}
+        self._times = PhaseTimes()
         self.compiles = 0
         """images compiled since start"""
+        self.hits = 0
+        """lookups since start that found the image"""
 
     async def start(self) -> None:
         """Start the compiler process."""
@@ -89,7 +93,9 @@ class AdapterStore:
 
     def lookup(self, version_key: str) -> AdapterRef | None:
         """The image of a SourceVersion when it is on disk already; takes microseconds."""
-        return self.disk.find(version_key)
+        ref = self.disk.find(version_key)
+        self.hits += ref is not None
+        return ref
 
     def peek(self, version_key: str) -> AdapterRef | None:
         """The image of a SourceVersion as the index has it, for a listing: nothing is checked, no use is noted."""
@@ -140,7 +146,8 @@ class AdapterStore:
     def tier(self) -> StoreTier:
         """What the disk tier holds and has done."""
         disk = self.disk
-        return StoreTier(disk.num_images, disk.bytes_used, disk.evictions, self.compiles, dict(self._seconds))
+        seconds = self._times.seconds
+        return StoreTier(disk.num_images, disk.bytes_used, disk.evictions, self.compiles, seconds, self.hits)
 
     async def close(self) -> None:
         """Give up what is under way and end the compiler process."""
@@ -169,9 +176,10 @@ class AdapterStore:
         self.disk.adopt(result.ref)
         total = time.perf_counter() - started
         queue_s = max(0.0, total - result.fetch_s - result.compile_s)
-        for phase, seconds in (("queue", queue_s), ("fetch", result.fetch_s), ("compile", result.compile_s)):
+        phases = {"queue": queue_s, "fetch": result.fetch_s, "compile": result.compile_s}
+        for phase, seconds in phases.items():
             self._record(version.key, phase, seconds)
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        self._times.add(phases)
         return result.ref
 
     def _record(self, key: str, phase: str, seconds: float) -> None:

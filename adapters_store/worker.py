@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
+from adapters_store.child import IMPORT_ROOT, LENGTH_BYTES, end_with_parent, frame, read_frame, take_replies
 from adapters_store.compile.base import BaseWeights
 from adapters_store.compile.job import CompileJob, CompileResult, run_job
 from adapters_store.errors import AdapterError, AdapterUnavailable, adapter_error
@@ -25,11 +24,8 @@ from adapters_store.manifest import BaseManifest, read_manifest
 
 log = logging.getLogger(__name__)
 
-LENGTH_BYTES = 4
-MAX_FRAME_BYTES = 64 << 20
 NICENESS = 5
 """a compile gives way to the engine's steps on the same cores"""
-_PR_SET_PDEATHSIG = 1
 
 
 class JobFailed(msgspec.Struct, frozen=True, tag=True):
@@ -109,7 +105,7 @@ class CompileWorker:
         assert process.stdout is not None
         try:
             async with asyncio.timeout(self._timeout_s):
-                process.stdin.write(_frame(msgspec.msgpack.encode(job)))
+                process.stdin.write(frame(msgspec.msgpack.encode(job)))
                 await process.stdin.drain()
                 length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
                 reply = _REPLY.decode(await process.stdout.readexactly(length))
@@ -156,8 +152,7 @@ def _retrieve(task: asyncio.Task[CompileResult]) -> None:
 
 def _environment() -> dict[str, str]:
     """The child must find this package wherever it was started from, and needs no pool of BLAS threads."""
-    here = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
     return os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -166,20 +161,18 @@ def _environment() -> dict[str, str]:
 
 def main() -> None:
     """Serve jobs from stdin until it ends."""
-    _end_with_parent(os.getppid())
+    end_with_parent(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICENESS)
-    # whatever prints to stdout must not end up among the replies
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
+    replies = take_replies()
     manifest, base = read_manifest(Path(sys.argv[1])), BaseWeights()
-    while (frame := _read_frame(sys.stdin.buffer)) is not None:
-        reply = _run(frame, manifest, base)
-        replies.write(_frame(msgspec.msgpack.encode(reply)))
+    while (message := read_frame(sys.stdin.buffer)) is not None:
+        reply = _run(message, manifest, base)
+        replies.write(frame(msgspec.msgpack.encode(reply)))
 
 
-def _run(frame: bytes, manifest: BaseManifest, base: BaseWeights) -> JobDone | JobFailed:
-    job = msgspec.msgpack.decode(frame, type=CompileJob)
+def _run(message: bytes, manifest: BaseManifest, base: BaseWeights) -> JobDone | JobFailed:
+    job = msgspec.msgpack.decode(message, type=CompileJob)
     try:
         return JobDone(run_job(job, manifest, base))
     except AdapterError as error:
@@ -189,29 +182,6 @@ def _run(frame: bytes, manifest: BaseManifest, base: BaseWeights) -> JobDone | J
     except Exception as error:  # the process boundary: a fault of ours costs one adapter, not the compiler
         logging.getLogger(__name__).exception("compiling adapter %s", job.version.name)
         return JobFailed(AdapterError.code, f"compiling adapter {job.version.name} failed: {error!r}")
-
-
-def _read_frame(stream: BinaryIO) -> bytes | None:
-    prefix = stream.read(LENGTH_BYTES)
-    if len(prefix) < LENGTH_BYTES:
-        return None
-    length = int.from_bytes(prefix, "big")
-    frame = stream.read(length)
-    return frame if len(frame) == length else None
-
-
-def _frame(message: bytes) -> bytes:
-    if len(message) > MAX_FRAME_BYTES:
-        raise ValueError(f"a message of {len(message)} bytes (limit {MAX_FRAME_BYTES})")
-    return len(message).to_bytes(LENGTH_BYTES, "big") + message
-
-
-def _end_with_parent(parent: int) -> None:
-    """Ask the kernel (Linux) to end this process when its parent dies, also while it is at work."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

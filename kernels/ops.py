@@ -21,8 +21,9 @@ from kernels.types import TABLE_COLUMNS, AttentionMetadata, Segments, SiteGroup,
 
 DEFAULT_BACKEND = "torch"
 
-MODULES = {"reference": "kernels.reference", "torch": "kernels.torch_backend"}
-"""Name -> module with the four functions. A native backend adds its line here and passes tests/kernels."""
+MODULES = {"reference": "kernels.reference", "torch": "kernels.torch_backend", "cpu": "kernels.cpu"}
+"""Name -> module with the four functions. A native backend adds its line here and passes tests/kernels.
+A module that can't run everywhere says by `is_available()` whether it does here."""
 
 
 class Backend(Protocol):
@@ -60,15 +61,22 @@ class Backend(Protocol):
 
 
 def get_backend(name: str = DEFAULT_BACKEND) -> Backend:
-    """The backend called `name`. Raises ValueError for a name that there is not."""
+    """The backend called `name`. Raises ValueError for a name that there is not, or not on this machine."""
     if name not in MODULES:
         raise ValueError(f"unknown kernel backend {name!r}; there are {', '.join(sorted(MODULES))}")
+    if not _is_available(name):
+        raise ValueError(f"the kernel backend {name!r} does not run on this machine (the log says why); torch does")
     return cast(Backend, importlib.import_module(MODULES[name]))
 
 
 def backends() -> tuple[str, ...]:
-    """The names that `get_backend` knows."""
-    return tuple(MODULES)
+    """The names that `get_backend` knows and this machine runs. Builds the native kernels if they aren't yet."""
+    return tuple(name for name in MODULES if _is_available(name))
+
+
+def _is_available(name: str) -> bool:
+    check = getattr(importlib.import_module(MODULES[name]), "is_available", None)
+    return check is None or bool(check())
 
 
 def segmented_lora(

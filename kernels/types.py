@@ -53,6 +53,8 @@ class Segments:
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     members: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    scratch: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
+    """the segments in a backend's own form, one entry per backend; checked against the lists at each call"""
 
     def __len__(self) -> int:
         return len(self.starts)

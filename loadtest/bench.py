@@ -6,13 +6,19 @@ memory       resident memory of the API and the engine process
 cold         request to first token for an adapter never seen, by phase
 scrape       what a GET /metrics costs
 streams      what open streams cost the API process: memory of one, CPU time of a token, its share of a step
+
+Three more take options of their own (--help): `serve`, a load test of any server; `compare`, its result files side by
+side; `peers`, ours and other servers in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +30,8 @@ from rich.table import Table
 from server.config import default_cache_dir
 
 console = Console()
+
+COMMANDS = ("serve", "compare", "peers")
 
 
 @dataclass
@@ -40,8 +48,14 @@ class Workload:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the chosen parts (all of them by default) and print a table each."""
+    """Run the chosen parts (all of them by default) and print a table each; or one of COMMANDS."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers that `peers` started are stopped then
+        importlib.import_module(f"loadtest.{arguments[0]}").main(arguments[1:])
+        return
     from loadtest.cold import measure_cold
+    from loadtest.peers import is_configured
     from loadtest.scrape import measure_scrape
     from loadtest.steps import measure_steps
     from loadtest.streams import measure_streams
@@ -79,8 +93,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(prefix="multilora-bench-") as folder:
             figures[name] = parts[name](workload, Path(folder))
         _print(name, figures[name])
+    if not options.part and is_configured():
+        _compare_with_peers(default_cache_dir() / "bench-peers")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _compare_with_peers(folder: Path) -> None:
+    """Model M with adapters of ranks 8, 16, 32, 64 in turn, through every peer that the environment names."""
+    from loadtest.base import model_m
+    from loadtest.peers import main as run_peers
+    from loadtest.prepare import write_adapters
+
+    model = model_m(default_cache_dir())
+    write_adapters(model, folder / "adapters", num_adapters=32, ranks=(8, 16, 32, 64))
+    run_peers(["--model", str(model), "--adapters", str(folder / "adapters"), "--out", str(folder / "results")])
 
 
 def _print(name: str, figures: object) -> None:

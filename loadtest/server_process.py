@@ -42,7 +42,7 @@ def running_server(
     model: Path, adapters: Path, cache: Path, *flags: str, log: Path | None = None
 ) -> Iterator[RunningServer]:
     """`multilora serve` on a free port; ended by SIGTERM, and killed if that does not do it."""
-    port = _free_port()
+    port = free_port()
     command = [
         sys.executable, "-m", "server", "serve", "--model", str(model), "--adapters", str(adapters),
         "--cache-dir", str(cache), "--port", str(port), "--served-model-name", "base", *flags,
@@ -90,7 +90,7 @@ def _children(pid: int) -> list[int]:
     return [int(c) for task in tasks.iterdir() for c in (task / "children").read_text().split()]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

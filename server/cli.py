@@ -77,12 +77,14 @@ AllowRuntimeLoading = Annotated[
     ),
 ]
 MaxQueueWait = Annotated[float, typer.Option(help="Seconds a request may wait before it gets 503.", min=0.1)]
-MaxQueueLen = Annotated[int, typer.Option(help="Requests that may wait to run; further ones get 429.", min=1)]
+MaxQueueLen = Annotated[
+    int, typer.Option(help="Choices (prompts times n) that may wait to run; further ones get 429.", min=1)
+]
 ShutdownTimeout = Annotated[
     float, typer.Option(help="Seconds that open requests may go on after SIGTERM before they are cut.", min=0)
 ]
 EngineStallTimeout = Annotated[
-    float, typer.Option(help="Seconds without a word from the engine until /health turns red.", min=1)
+    float, typer.Option(help="Seconds without a word or a step of the engine until /health turns red.", min=1)
 ]
 ApiKey = Annotated[
     list[str] | None,

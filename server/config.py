@@ -38,7 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_cache: bool = True
     threads: int | None = None
     cache_dir: str = ""
-    backend: str = "torch"
+    backend: str = "auto"
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
-
+from adapters_store.histogram import LOAD_BOUNDS_S, Counts
 from adapters_store.store import StoreTier
 from server.engine.messages import EngineReady, StepStats
 from server.engine.tally import ADAPTER_BOUNDS, ROW_BOUNDS
+from server.exposition import HistogramLines, Labels, head, number, start_of
 
-LABELS = ("model_name", "engine")
 ENGINE = "0"
+LOAD_SECONDS = "multilora_adapter_load_seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,99 +26,83 @@ class EngineFacts:
     disk: Callable[[], StoreTier] = StoreTier
 
 
-class EngineCollector(Collector):
-    """All families of one engine; `labels` are the values of LABELS."""
+class EngineMetrics:
+    """All families of one engine, with `labels`."""
 
-    def __init__(self, labels: tuple[str, str], facts: EngineFacts) -> None:
+    def __init__(self, labels: Labels, facts: EngineFacts) -> None:
         self._labels = labels
         self._facts = facts
+        self._heads: dict[str, str] = {}  # by name: head and start of a family of one series
+        self._rows = HistogramLines("vllm:iteration_tokens_total", ROW_BOUNDS, labels)
+        self._adapters = HistogramLines("multilora_adapters_per_step", ADAPTER_BOUNDS, labels)
+        self._loads: dict[tuple[str, str], HistogramLines] = {}  # by tier and phase
 
-    def describe(self) -> list[Metric]:
-        """Nothing to check names by: registering must not need a running engine."""
-        return []
-
-    def collect(self) -> Iterator[Metric]:
+    def text(self) -> Iterator[str]:
+        """Their part of the exposition."""
         stats, ready, disk = self._facts.stats(), self._facts.ready(), self._facts.disk()
         for name, text, value in _gauges(stats, ready):
-            gauge = GaugeMetricFamily(name, text, labels=LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
-        for name, text, count in _counters(stats, disk):
-            counter = CounterMetricFamily(name, text, labels=LABELS)
-            counter.add_metric(self._labels, count)
-            yield counter
-        yield self._histogram(
-            "vllm:iteration_tokens_total", "Token rows of a step.", ROW_BOUNDS, stats.steps_by_rows, stats.rows_total
-        )
-        yield self._histogram(
-            "multilora_adapters_per_step",
-            "Distinct adapters in a step.",
-            ADAPTER_BOUNDS,
-            stats.steps_by_adapters,
-            stats.adapters_total,
-        )
+            yield self._one(name, "gauge", text, value)
+        for name, text, value in _counters(stats, disk):
+            yield self._one(f"{name}_total", "counter", text, value)
+        yield head("vllm:iteration_tokens_total", "histogram", "Token rows of a step.")
+        yield self._rows.text(stats.steps_by_rows, stats.rows_total)
+        yield head("multilora_adapters_per_step", "histogram", "Distinct adapters in a step.")
+        yield self._adapters.text(stats.steps_by_adapters, stats.adapters_total)
         yield from self._tiers(stats, disk)
-        yield self._by_phase(disk.seconds, stats.load_seconds)
-        yield self._cache_config(ready)
-        yield self._lora_info(stats)
+        yield head(LOAD_SECONDS, "histogram", "Seconds of bringing an adapter to a tier, by phase.")
+        for tier, by_phase in (("disk", disk.seconds), ("device", stats.load_seconds)):
+            yield from self._phases(tier, by_phase)
+        yield from self._cache_config(ready)
+        yield from self._lora_info(stats)
 
-    def _histogram(self, name: str, text: str, bounds: Sequence[int], counts: Sequence[int], total: int) -> Metric:
-        """`counts` by bound, not yet summed up; () before the first step."""
-        family = HistogramMetricFamily(name, text, labels=LABELS)
-        buckets, seen = [], 0
-        for bound, count in zip((*map(float, bounds), "+Inf"), counts or (0,) * (len(bounds) + 1), strict=True):
-            seen += count
-            buckets.append((str(bound), seen))
-        family.add_metric(self._labels, buckets, total)
-        return family
+    def _one(self, name: str, kind: str, text: str, value: float) -> str:
+        """A family that has one series."""
+        start = self._heads.get(name)
+        if start is None:
+            start = self._heads[name] = head(name, kind, text) + start_of(name, self._labels)
+        return f"{start}{number(value)}\n"
 
-    def _tiers(self, stats: StepStats, disk: StoreTier) -> Iterator[Metric]:
-        labels = (*LABELS, "tier")
-        images = GaugeMetricFamily("multilora_tier_adapters", "Compiled adapters in a tier.", labels=labels)
-        held = GaugeMetricFamily("multilora_tier_bytes", "Bytes of compiled adapters in a tier.", labels=labels)
-        evicted = CounterMetricFamily("multilora_tier_evictions", "Adapters dropped from a tier.", labels=labels)
-        for tier, num_images, num_bytes, evictions in (
-            ("disk", disk.num_images, disk.num_bytes, disk.evictions),
-            ("host", stats.host_images, stats.host_bytes_used, stats.host_evictions),
-            ("device", stats.resident_adapters, stats.adapter_bytes_used, stats.adapter_evictions),
+    def _tiers(self, stats: StepStats, disk: StoreTier) -> Iterator[str]:
+        tiers = ("disk", "host", "device")
+        num_images = (disk.num_images, stats.host_images, stats.resident_adapters)
+        num_bytes = (disk.num_bytes, stats.host_bytes_used, stats.adapter_bytes_used)
+        evictions = (disk.evictions, stats.host_evictions, stats.adapter_evictions)
+        for name, kind, text, values in (
+            ("multilora_tier_adapters", "gauge", "Compiled adapters in a tier.", num_images),
+            ("multilora_tier_bytes", "gauge", "Bytes of compiled adapters in a tier.", num_bytes),
+            ("multilora_tier_evictions_total", "counter", "Adapters dropped from a tier.", evictions),
         ):
-            images.add_metric((*self._labels, tier), num_images)
-            held.add_metric((*self._labels, tier), num_bytes)
-            evicted.add_metric((*self._labels, tier), evictions)
-        yield from (images, held, evicted)
+            yield head(name, kind, text)
+            for tier, value in zip(tiers, values, strict=True):
+                yield f"{start_of(name, {**self._labels, 'tier': tier})}{number(value)}\n"
 
-    def _by_phase(self, disk: Mapping[str, float], device: Mapping[str, float]) -> Metric:
-        """By multilora_adapter_compiles_total (disk) or multilora_adapter_loads_total (device): seconds of one."""
-        family = CounterMetricFamily(
-            "multilora_adapter_load_seconds",
-            "Seconds spent on bringing adapters to a tier, by phase.",
-            labels=(*LABELS, "tier", "phase"),
-        )
-        for tier, seconds in (("disk", disk), ("device", device)):
-            for phase in sorted(seconds):
-                family.add_metric((*self._labels, tier, phase), seconds[phase])
-        return family
+    def _phases(self, tier: str, by_phase: Mapping[str, Counts]) -> Iterator[str]:
+        for phase, times in sorted(by_phase.items()):
+            lines = self._loads.get((tier, phase))
+            if lines is None:
+                labels = {**self._labels, "tier": tier, "phase": phase}
+                lines = self._loads[tier, phase] = HistogramLines(LOAD_SECONDS, LOAD_BOUNDS_S, labels)
+            yield lines.text(times.counts, times.total)
 
-    def _cache_config(self, ready: EngineReady) -> Metric:
-        family = GaugeMetricFamily(
-            "vllm:cache_config_info", "The KV cache's shape.", labels=(*LABELS, "block_size", "num_gpu_blocks")
-        )
-        family.add_metric((*self._labels, str(ready.block_size), str(ready.num_kv_blocks)), 1)
-        return family
+    def _cache_config(self, ready: EngineReady) -> Iterator[str]:
+        name = "vllm:cache_config_info"
+        shape = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_kv_blocks)}
+        yield head(name, "gauge", "The KV cache's shape.")
+        yield f"{start_of(name, {**self._labels, **shape})}1\n"
 
-    def _lora_info(self, stats: StepStats) -> Metric:
+    def _lora_info(self, stats: StepStats) -> Iterator[str]:
         """Exactly one series, whatever ran before: readers take the newest of a family by its value, a time."""
-        family = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "Adapters of running and of waiting requests; the value is the time of the scrape.",
-            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-        )
-        running, waiting = ",".join(stats.running_adapters), ",".join(stats.waiting_adapters)
-        family.add_metric((str(self._facts.max_adapters), running, waiting), time.time())
-        return family
+        name = "vllm:lora_requests_info"
+        yield head(name, "gauge", "Adapters of running and of waiting requests; the value is the time of the scrape.")
+        labels = {
+            "max_lora": str(self._facts.max_adapters),
+            "running_lora_adapters": ",".join(stats.running_adapters),
+            "waiting_lora_adapters": ",".join(stats.waiting_adapters),
+        }
+        yield f"{start_of(name, labels)}{time.time()}\n"
 
 
-def _gauges(stats: StepStats, ready: EngineReady) -> tuple[tuple[str, str, float], ...]:
+def _gauges(stats: StepStats, ready: EngineReady) -> Sequence[tuple[str, str, float]]:
     return (
         ("vllm:num_requests_running", "Requests in the running set.", stats.num_running),
         ("vllm:num_requests_waiting", "Requests that wait to run, also for their adapter.", stats.num_waiting),
@@ -133,13 +116,17 @@ def _gauges(stats: StepStats, ready: EngineReady) -> tuple[tuple[str, str, float
     )
 
 
-def _counters(stats: StepStats, disk: StoreTier) -> tuple[tuple[str, str, float], ...]:
+def _counters(stats: StepStats, disk: StoreTier) -> Sequence[tuple[str, str, float]]:
+    old = "The old name of vllm:prefix_cache_"
     return (
         ("vllm:prefix_cache_queries", "Tokens asked of the prefix cache.", stats.prefix_queries),
         ("vllm:prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
+        ("vllm:gpu_prefix_cache_queries", f"{old}queries_total, still read.", stats.prefix_queries),
+        ("vllm:gpu_prefix_cache_hits", f"{old}hits_total, still read.", stats.prefix_hits),
         ("vllm:num_preemptions", "Requests put back for want of KV blocks.", stats.preemptions),
         ("multilora_adapter_acquires", "Times a request got its adapter's device slot.", stats.adapter_acquires),
         ("multilora_adapter_loads", "Adapters loaded into device memory.", stats.adapter_loads),
         ("multilora_adapter_host_hits", "Device loads served from host memory.", stats.host_hits),
+        ("multilora_adapter_disk_hits", "Times an adapter asked for was compiled on disk already.", disk.hits),
         ("multilora_adapter_compiles", "Adapters compiled to disk.", disk.compiles),
     )

@@ -73,6 +73,7 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
             base_names=config.served_names,
             api_keys=config.api_keys,
             may_load_adapters=config.may_load_adapters,
+            guards_loading=not config.allow_runtime_loading,
             pins=pins,
             limits=ApiLimits(
                 max_adapters_per_step=config.engine.max_adapters_per_step,

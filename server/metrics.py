@@ -5,21 +5,22 @@ Labels are the base and the engine, never an adapter: names that clients choose 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 
-from server.engine_metrics import ENGINE, LABELS, EngineCollector, EngineFacts
+from adapters_store.histogram import Histogram
+from server.engine_metrics import ENGINE, EngineFacts, EngineMetrics
+from server.exposition import CounterSeries, Family, HistogramSeries
+from server.http_metrics import HttpMetrics
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 _TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _GAP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
 _TIME_BUCKETS = (0.05, 0.1, 0.3, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 480)
 _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
-
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per instrument that nothing reads
+_CHOICE_BUCKETS = (1, 2, 5, 10, 20)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +35,39 @@ class RequestEnd:
     decode_s: float  # from its first token to its last
 
 
-class Metrics:
-    """The instruments of one server. `registry` is the server's own; two servers never share one."""
+@dataclass(slots=True, eq=False)
+class Siblings:
+    """The choices of one prompt, which are requests of their own; for what is counted once for all of them."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str, facts: EngineFacts) -> None:
-        self._registry = registry
-        self._labels = (model_name, ENGINE)
+    num_open: int  # choices that have not ended
+    num_choices: int = field(init=False)
+    max_output: int = 0  # tokens of the longest that has ended
+
+    def __post_init__(self) -> None:
+        self.num_choices = self.num_open
+
+
+class Metrics:
+    """The instruments of one server; two servers never share one."""
+
+    def __init__(self, model_name: str, facts: EngineFacts) -> None:
+        self.http = HttpMetrics()
+        self._labels = {"model_name": model_name, "engine": ENGINE}
+        self._families: list[Family] = [self.http.requests, self.http.durations]
+        self._engine = EngineMetrics(self._labels, facts)
+        self._process = CollectorRegistry()  # process_* and python_* of the API process, by their own makers
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self._process)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that started.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._ttft = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _TTFT_BUCKETS)
         self._gap = self._histogram("inter_token_latency_seconds", "Between two tokens of a request.", _GAP_BUCKETS)
+        self._histogram(
+            "time_per_output_token_seconds",
+            "The old name of vllm:inter_token_latency_seconds.",
+            _GAP_BUCKETS,
+            self._gap,
+        )
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds",
             "Decode time by tokens but the first.",
@@ -69,50 +93,79 @@ class Metrics:
         self._max_tokens = self._histogram(
             "request_params_max_tokens", "The most tokens that a request may generate.", _TOKEN_BUCKETS
         )
-        ends = Counter(
-            "vllm:request_success", "Requests that ended, by reason.", (*LABELS, "finished_reason"), registry=registry
+        self._num_choices = self._histogram("request_params_n", "Choices asked for of a prompt.", _CHOICE_BUCKETS)
+        self._max_output = self._histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest of a prompt's choices.", _TOKEN_BUCKETS
         )
-        self._ends = {reason: ends.labels(*self._labels, reason) for reason in FINISH_REASONS}
-        registry.register(EngineCollector(self._labels, facts))
+        self._ends = self._reasons("request_success", "Requests that ended, by reason.")
 
     def first_token(self, num_prompt_tokens: int, ttft_s: float) -> None:
         """A request's first output came."""
-        self._prompt_tokens.inc(num_prompt_tokens)
-        self._ttft.observe(ttft_s)
+        self._prompt_tokens.add(num_prompt_tokens)
+        self._ttft.add(ttft_s)
 
     def tokens(self, count: int, gap_s: float | None) -> None:
         """An output of `count` tokens came `gap_s` after the one before it (None: it is the first).
 
         Several tokens are what came while the reader was busy; each gets its share of the gap.
         """
-        self._generation_tokens.inc(count)
-        if gap_s is not None:
-            for _ in range(count):
-                self._gap.observe(gap_s / count)
+        self._generation_tokens.value += count
+        if gap_s is not None and count:
+            self._gap.add(gap_s / count, count)
 
     def request_end(self, reason: str, latency_s: float, end: RequestEnd | None) -> None:
         """A request that the engine had ended: one of FINISH_REASONS. `end` is None when it had no output."""
-        self._ends[reason].inc()
-        self._latency.observe(latency_s)
+        self._ends[reason].add()
+        self._latency.add(latency_s)
         if end is None:
             return
-        self._queue.observe(end.queue_s)
-        self._prefill.observe(end.prefill_s)
-        self._decode.observe(end.decode_s)
-        self._inference.observe(end.prefill_s + end.decode_s)
-        self._num_prompt.observe(end.num_prompt)
-        self._num_output.observe(end.num_output)
-        self._max_tokens.observe(end.max_tokens)
+        self._queue.add(end.queue_s)
+        self._prefill.add(end.prefill_s)
+        self._decode.add(end.decode_s)
+        self._inference.add(end.prefill_s + end.decode_s)
+        self._num_prompt.add(end.num_prompt)
+        self._num_output.add(end.num_output)
+        self._max_tokens.add(end.max_tokens)
         if end.num_output > 1:
-            self._per_token.observe(end.decode_s / (end.num_output - 1))
+            self._per_token.add(end.decode_s / (end.num_output - 1))
+
+    def choice_end(self, siblings: Siblings, num_output: int) -> None:
+        """One of a prompt's choices ended; the last one counts for the prompt."""
+        siblings.num_open -= 1
+        siblings.max_output = max(siblings.max_output, num_output)
+        if not siblings.num_open:
+            self._num_choices.add(siblings.num_choices)
+            self._max_output.add(siblings.max_output)
 
     def exposition(self) -> bytes:
         """What GET /metrics answers."""
-        return generate_latest(self._registry)
+        parts = [part for family in self._families for part in family.text()]
+        return "".join([*parts, *self._engine.text()]).encode() + generate_latest(self._process)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"vllm:{name}", text, LABELS, registry=self._registry).labels(*self._labels)
+    def _family(self, name: str, kind: str, text: str) -> Family:
+        family = Family(f"vllm:{name}", kind, text)
+        self._families.append(family)
+        return family
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        family = Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=self._registry)
-        return family.labels(*self._labels)
+    def _counter(self, name: str, text: str) -> CounterSeries:
+        family = self._family(f"{name}_total", "counter", text)
+        series = CounterSeries(family.name, self._labels)
+        family.series.append(series)
+        return series
+
+    def _reasons(self, name: str, text: str) -> dict[str, CounterSeries]:
+        family = self._family(f"{name}_total", "counter", text)
+        series = {
+            reason: CounterSeries(family.name, {**self._labels, "finished_reason": reason}) for reason in FINISH_REASONS
+        }
+        family.series.extend(series.values())
+        return series
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], values: Histogram | None = None
+    ) -> Histogram:
+        """A new histogram, or another name for the one that has `values`."""
+        family = self._family(name, "histogram", text)
+        values = values or Histogram(buckets)
+        family.series.append(HistogramSeries(family.name, buckets, self._labels, values))
+        return values

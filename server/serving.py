@@ -40,7 +40,14 @@ class HttpServer(uvicorn.Server):
 async def serve_until_stopped(state: ServerState, listener: socket.socket, *, shutdown_timeout_s: float) -> int:
     """Serve on `listener`; the process's exit status."""
     app = create_app(state)
-    config = uvicorn.Config(app, log_level="warning", http=OneAtATimeProtocol, timeout_graceful_shutdown=LAST_WORDS_S)
+    config = uvicorn.Config(
+        app,
+        log_config=None,  # uvicorn's own would close every handler there is, the access log's with them
+        log_level="warning",
+        access_log=False,
+        http=OneAtATimeProtocol,
+        timeout_graceful_shutdown=LAST_WORDS_S,
+    )
     server = HttpServer(config)
     stopped = _on_signals()
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -12,8 +12,11 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import shown
+from server.api.line_writer import LineWriter
+from server.http_metrics import HttpMetrics
 
-QUIET_PATHS = frozenset({"/health", "/metrics", "/ready", "/ping"})  # asked many times a second: logged when they fail
+QUIET_PATHS = frozenset({"/health", "/metrics", "/ready", "/ping"})  # asked many times a second: told when they fail
+PLAIN_SEND = "multilora.send"  # in the scope: the server's own send(), which no middleware has wrapped
 NO_RESPONSE = 499  # the client had gone before anything was said
 
 logger = logging.getLogger("multilora.access")
@@ -21,9 +24,8 @@ logger = logging.getLogger("multilora.access")
 
 def write_to(stream: TextIO) -> None:
     """Send the lines, and nothing else, to `stream`: standard output, while other logs go to standard error."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
+    stream.flush()
+    logger.addHandler(LineWriter(stream.fileno()))
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -34,13 +36,17 @@ class AccessEntry:
 
     request_id: str = ""
     arrival_s: float = field(default_factory=time.time)
-    model: str | None = None  # the name that answers
+    model: str | None = None  # the name that answers; of a refused request the one it named
     adapter: str | None = None  # None: the base
     image_key: str | None = None  # None: the base, or nothing came
     prompts: dict[int, tuple[int, int]] = field(default_factory=dict)  # tokens and cached ones; choices share a prompt
     output_tokens: int | None = None
     ttft_s: float | None = None
     finish_reasons: set[str] = field(default_factory=set)
+
+    def named(self, model: str) -> None:
+        """It asks for this model, as the client wrote it."""
+        self.model = shown(model)
 
     def asked(self, model: str, *, is_adapter: bool) -> None:
         """It was understood: the engine will be asked."""
@@ -92,10 +98,14 @@ def current_entry() -> AccessEntry:
 
 
 class AccessLog:
-    """ASGI middleware, the outermost: makes the request's entry, and writes its line when the response has ended."""
+    """ASGI middleware, the outermost: makes the request's entry, and when the response has ended writes its line
+    and counts it. `handlers`: the templates of the app's routes.
+    """
 
-    def __init__(self, app: ASGIApp, *, is_enabled: bool) -> None:
+    def __init__(self, app: ASGIApp, http: HttpMetrics, handlers: frozenset[str], *, is_enabled: bool) -> None:
         self._app = app
+        self._http = http
+        self._handlers = handlers
         self._is_enabled = is_enabled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,6 +114,7 @@ class AccessLog:
             return
         entry = AccessEntry()
         token = _current.set(entry)
+        scope[PLAIN_SEND] = send
         status = NO_RESPONSE
 
         async def watched(message: Message) -> None:
@@ -119,5 +130,15 @@ class AccessLog:
             raise
         finally:
             _current.reset(token)
-            if self._is_enabled and not (scope["path"] in QUIET_PATHS and status == 200):
-                logger.info("%s", entry.line(scope["method"], scope["path"], status).decode())
+            if not (scope["path"] in QUIET_PATHS and status == 200):
+                self._ended(scope, status, entry)
+
+    def _ended(self, scope: Scope, status: int, entry: AccessEntry) -> None:
+        self._http.ended(scope["method"], self._handler(scope), status, time.time() - entry.arrival_s)
+        if self._is_enabled:
+            logger.info("%s", entry.line(scope["method"], scope["path"], status).decode())
+
+    def _handler(self, scope: Scope) -> str:
+        """The template of the route that answered, or would have if the gate had let the request in."""
+        template = getattr(scope.get("route"), "path_format", scope["path"])
+        return template if template in self._handlers else "none"

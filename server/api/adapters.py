@@ -19,6 +19,7 @@ from adapters_store.ref import AdapterRef, SourceVersion, is_adapter_name
 from adapters_store.sources.named import PathRefused
 from server.api.body import read_object
 from server.api.errors import DEFAULT_RETRY_AFTER_S, json_response, shown
+from server.api.local_pages import foreign_header
 from server.api.models import root_of
 from server.api.service import Service
 from server.errors import EngineDead, ServerError
@@ -69,7 +70,7 @@ def adapter_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/adapters", response_class=Response)
     async def adapters() -> Response:
-        """Every adapter of the catalog and where it is: source, disk, device."""
+        """Every adapter of the catalog and where it is: source, disk, host memory, device."""
         described = []
         for index, listing in enumerate(await service.state.catalog.list(), start=1):
             described.append(_describe(service, listing))
@@ -194,6 +195,7 @@ async def _read(service: Service, request: Request, schema: type[Body]) -> Body:
             status=403,
             kind=ERROR_TYPES[403],
         )
+    _check_page(service, request)
     try:
         return schema.model_validate(await read_object(request, service.state.limits.max_body_bytes))
     except ClientDisconnect:
@@ -202,6 +204,22 @@ async def _read(service: Service, request: Request, schema: type[Body]) -> Body:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise NameRefused(f"'{shown(field)}': {first['msg']}") from None
+
+
+def _check_page(service: Service, request: Request) -> None:
+    """Raises NameRefused if another site's page in this machine's browser asks, where only loopback guards names."""
+    if not service.state.guards_loading:
+        return
+    header = foreign_header(request.headers, service.state.limits.allowed_origins)
+    if header is not None:
+        given = shown(", ".join(request.headers.getlist(header)))
+        raise NameRefused(
+            f"Loading and unloading is on here because the server is bound to loopback, so only programs and pages of "
+            f"this machine may ask for it; the {header} header is '{given}'. Ask for localhost or 127.0.0.1, name the "
+            "page's origin in --allowed-origins, or start the server with --allow-runtime-loading.",
+            status=403,
+            kind=ERROR_TYPES[403],
+        )
 
 
 def dual_error(error: ServerError | AdapterError) -> Response:
@@ -234,6 +252,7 @@ def _describe(service: Service, listing: Listing) -> dict[str, object]:
         "bytes": ref.data_bytes if ref else None,
         "source": {"bytes": sum(file.size for file in listing.version.files)},
         "disk": {"state": "compiled" if ref else "compiling" if is_compiling else "absent"},
+        "host": {"state": "held" if ref is not None and state.engine.residents.is_hosted(ref.image_key) else "absent"},
         "device": _on_device(service, listing.name, ref),
         "uses": usage.num_uses,
         "last_used": usage.last_used_s or None,

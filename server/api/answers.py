@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import msgspec
 
-from server.api.choices import Choice, Generation, Part, Scored
+from server.api.choices import Choice, Generation, Part, Scored, off_loop_if
 from server.api.logprobs import LogprobsFormat, prompt_logprobs
 from server.api.params import num_logprobs
+from server.api.protocol import Line
 from server.api.schemas import GenerationRequest
 from server.api.sse import DONE, Frames
+from server.engine.messages import TokenLogprobs
 from server.text.pieces import Pieces
 
 
@@ -41,6 +43,7 @@ class Answer:
         self._asked = asked
         self._pieces = pieces
         self._has_phases = has_phases
+        self._encoded_rows: dict[int, msgspec.Raw] = {}  # prompt_logprobs, by the id of the list they are made from
         num_top = num_logprobs(asked)
         self._logprobs = None if num_top is None else self._format(num_top)
 
@@ -56,6 +59,13 @@ class Answer:
         async with aclosing(self.generation.parts()) as stream:
             async for part in stream:
                 parts[part.index].append(part)
+        num_scored = sum(len(part.scored or ()) for own in parts for part in own)
+        num_scored += sum(len(choice.told.prompt_logprobs or ()) for choice in choices)
+        return await off_loop_if(num_scored, lambda: self._whole(parts))
+
+    def _whole(self, parts: list[list[Part]]) -> bytes:
+        """The body, of each choice's parts."""
+        choices = self.generation.choices
         body = {
             **self._envelope(self._endpoint.whole),
             "choices": [self._choice(choice, own) for choice, own in zip(choices, parts, strict=True)],
@@ -65,8 +75,13 @@ class Answer:
             body |= self._of_prompt(choices[0])
         return msgspec.json.encode(body)
 
-    async def frames(self, first: Part, rest: AsyncGenerator[Part, None]) -> AsyncGenerator[bytes, None]:
-        """The frames of a streamed answer whose first part has come. One yield per engine event."""
+    async def frames(
+        self, first: Part, rest: AsyncGenerator[Part, None], line: Line | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """The frames of a streamed answer whose first part has come. One yield per engine event.
+
+        But most frames of a single choice go straight to `line`, once the first one has been sent.
+        """
         choices = self.generation.choices
         frames = Frames(
             self._envelope(self._endpoint.chunk),
@@ -78,10 +93,16 @@ class Answer:
         async with aclosing(rest):
             start = b"".join(frames.start(choice.job.index, choice.job.prompt_ids) for choice in choices)
             num_open = len(choices) - (first.delta.finish_reason is not None)
-            yield start + frames.part(first) + (b"" if num_open else self._end(frames))
+            yield start + await self._scored(frames, first) + (b"" if num_open else self._end(frames))
+            if line is not None and len(choices) == 1:
+                choices[0].divert(_writer(frames, line), line.is_free)
             async for part in rest:
                 num_open -= part.delta.finish_reason is not None
-                yield frames.part(part) + (b"" if num_open else self._end(frames))
+                told = frames.part(part) if part.scored is None else await self._scored(frames, part)
+                yield told + (b"" if num_open else self._end(frames))
+
+    async def _scored(self, frames: Frames, part: Part) -> bytes:
+        return await off_loop_if(len(part.scored or ()), lambda: frames.part(part))
 
     def _end(self, frames: Frames) -> bytes:
         return (frames.usage(self._usage()) if self._asked.includes_usage else b"") + DONE
@@ -131,6 +152,22 @@ class Answer:
         if self._asked.return_token_ids:
             body["prompt_token_ids"] = choice.job.prompt_ids
         if self._asked.prompt_logprobs is not None:
-            rows = choice.told.prompt_logprobs or []
-            body["prompt_logprobs"] = prompt_logprobs(rows, self._asked.prompt_logprobs, self._pieces)
+            body["prompt_logprobs"] = self._prompt_logprobs(choice.told.prompt_logprobs or [])
         return body
+
+    def _prompt_logprobs(self, rows: list[TokenLogprobs]) -> msgspec.Raw:
+        """Encoded once for all choices of a prompt, which share its rows."""
+        known = self._encoded_rows.get(id(rows))
+        if known is None:
+            num_top = self._asked.prompt_logprobs or 0
+            known = self._encoded_rows[id(rows)] = prompt_logprobs(rows, num_top, self._pieces)
+        return known
+
+
+def _writer(frames: Frames, line: Line) -> Callable[[str, list[int]], None]:
+    def write(text: str, token_ids: list[int]) -> None:
+        frame = frames.plain(0, text, token_ids)
+        if frame:
+            line.write(frame)
+
+    return write

@@ -20,7 +20,7 @@ from server.api.errors import body_of, error_response, error_type, json_response
 from server.api.gate import Gate
 from server.api.health import health_routes
 from server.api.models import model_routes
-from server.api.openapi import openapi_routes
+from server.api.openapi import OPERATIONS, openapi_routes
 from server.api.routes import generation_routes
 from server.api.service import ServerState, Service
 from server.api.tokenize import tokenize_routes
@@ -57,7 +57,12 @@ def create_app(state: ServerState) -> ASGIApp:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
     gate = Gate(app, state.api_keys, state.door, state.engine, max_queue_len=state.limits.max_queue_len)
-    return AccessLog(_with_cors(gate, state.limits.allowed_origins), is_enabled=state.limits.has_access_log)
+    return AccessLog(
+        _with_cors(gate, state.limits.allowed_origins),
+        service.metrics.http,
+        frozenset(path for _, path in OPERATIONS),
+        is_enabled=state.limits.has_access_log,
+    )
 
 
 def _with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:

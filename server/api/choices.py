@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import msgspec
 
 from adapters_store.errors import AdapterCorrupt
 from server.api.errors import RequestFailed
@@ -15,10 +17,21 @@ from server.api.meter import RequestMeter
 from server.api.supply import Hold, Target
 from server.engine.messages import AddRequest, RequestError, RequestOutput, SamplingParams, TokenLogprobs
 from server.errors import EngineDead
+from server.metrics import Siblings
 from server.text.output import Delta, OutputText, TextOptions
 
 if TYPE_CHECKING:
     from server.api.service import Service
+
+
+MAX_TOKENS_ON_LOOP = 256  # with offsets, or alternatives: more take longer than other requests should wait
+
+ResultT = TypeVar("ResultT")
+
+
+async def off_loop_if(num_tokens: int, work: Callable[[], ResultT]) -> ResultT:
+    """What `work` gives; done in a thread if it is about many tokens."""
+    return await asyncio.to_thread(work) if num_tokens > MAX_TOKENS_ON_LOOP else work()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +46,10 @@ class Job:
     text: TextOptions
     skips_special: bool = True
     echo: str | None = None  # the prompt's text, if the answer begins with it; "" = to be decoded
-    has_output: bool = True  # False: an echo alone, the engine's one token is dropped
     cache_salt: str = ""
     priority: int = 0
     arrival_s: float = 0.0  # time.time()
+    siblings: Siblings = field(default_factory=lambda: Siblings(1))  # the choices of its prompt
     continues_prompt: bool = False  # the output's text goes on where the prompt's ends
 
 
@@ -48,8 +61,7 @@ class Scored(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
-@dataclass(slots=True, frozen=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """What one engine event adds to one choice: its delta (an echo included), and logprobs if asked for."""
 
     index: int
@@ -59,24 +71,29 @@ class Part:
 
 @dataclass(slots=True, eq=False)
 class _Told:
-    """What the first event of a choice told."""
+    """What the first event of a choice told. What is of the prompt, its choices share."""
 
     num_cached: int = 0
     image_key: str = ""
     phases: dict[str, float] = field(default_factory=dict)
     prompt_logprobs: list[TokenLogprobs] | None = None
+    echo: tuple[str, list[Scored]] = ("", [])  # the prompt's text, and its tokens if they have logprobs
 
 
 class Choice:
     """One choice in the engine: parts() runs it, the fields tell of it. Single use.
 
-    num_output: tokens that the client was given; told: known from the first part on.
+    num_output: tokens that the client was given; told: known from the first part on, when `is_told` is set.
+    scorer: the choice that gets the logprobs of the prompt for this one too, which waits for them. The engine
+    then computes them once, and the prompt as well where its KV is cached.
     """
 
-    def __init__(self, service: Service, job: Job) -> None:
+    def __init__(self, service: Service, job: Job, scorer: Choice | None = None) -> None:
         self.job = job
         self.num_output = 0
         self.told = _Told()
+        self.is_told = asyncio.Event()
+        self._scorer = scorer
         self._engine = service.state.engine
         self._supply = service.supply
         self._meter = RequestMeter(
@@ -86,13 +103,13 @@ class Choice:
             prompt_ids=job.prompt_ids,
             max_tokens=job.params.max_tokens,
             arrival_s=job.arrival_s,
+            siblings=job.siblings,
         )
         self._tokenizer = service.state.tokenizer
         context = job.prompt_ids if job.continues_prompt else ()
         detokenizer = self._tokenizer.detokenizer(context, skip_special_tokens=job.skips_special)
         self._text = OutputText(detokenizer, job.text)
         self._num_echoed = 0  # characters
-        self._is_started = False
 
     async def parts(self) -> AsyncGenerator[Part, None]:
         """The choice; the last part has the finish_reason. Close it (aclosing): that aborts what still runs.
@@ -100,14 +117,20 @@ class Choice:
         Raises RequestFailed when the engine ends the request with an error, EngineDead when it is gone.
         """
         reason = "abort"
-        hold = self._supply.hold(self.job.target.version)
+        hold: Hold | None = None
         try:
+            if self._scorer is not None:
+                await self._scorer.is_told.wait()  # it ends without: so does the generation, and this with it
+            hold = self._supply.hold(self.job.target.version)
             async with aclosing(self._engine.generate(self._add_request(hold))) as events:
                 # No await from here to the first event's: the request must reach the engine before the news
                 # of its adapter can.
                 self._supply.fetch(hold)
+                self._meter.sent()
                 async for event in events:
                     part = self._take(event, hold)
+                    if not self.is_told.is_set():
+                        part = await self._first(part)
                     reason = part.delta.finish_reason or reason
                     yield part
                     if part.delta.finish_reason is not None:
@@ -117,8 +140,31 @@ class Choice:
             reason = "error"
             raise
         finally:
-            self._supply.release(hold)
+            if hold is not None:
+                self._supply.release(hold)
             self._meter.end(reason)
+
+    def divert(self, write: Callable[[str, list[int]], None], is_free: Callable[[], bool]) -> None:
+        """From the second part on give the text and ids of plain ones to `write`, while `is_free`, not to parts().
+
+        Plain is what can't end the choice and has no logprobs. Its reader is not woken then, which with all that
+        is between it and the engine costs several times as much as the text.
+        """
+        feed, count = self._text.plain_feed, self._meter.tokens
+        if feed is None:
+            return
+
+        def take(event: RequestOutput) -> bool:
+            if event.logprobs is not None or not is_free():
+                return False
+            token_ids = event.token_ids
+            text = feed(token_ids)
+            self.num_output += len(token_ids)
+            count(len(token_ids))
+            write(text, token_ids)
+            return True
+
+        self._engine.divert(self.job.request_id, take)
 
     def _add_request(self, hold: Hold) -> AddRequest:
         return AddRequest(
@@ -140,15 +186,11 @@ class Choice:
             raise RequestFailed(event.error)
         if event.finish_reason == "abort":
             raise RequestFailed(RequestError(503, "request_aborted", "The server ended this request."))
-        is_first = not self._is_started
-        if is_first:
+        if not self.is_told.is_set():
             self._start(event, hold)
-        part = self._part(event)
-        return self._with_echo(part) if is_first and self.job.echo is not None else part
+        return self._part(event)
 
     def _part(self, event: RequestOutput) -> Part:
-        if not self.job.has_output:
-            return Part(self.job.index, Delta("", [], "length"), None if self.job.params.logprobs is None else [])
         delta = self._text.feed(event.token_ids, event.finish_reason, event.stop_token_id)
         self.num_output += len(delta.token_ids)
         self._meter.tokens(len(delta.token_ids))
@@ -163,20 +205,30 @@ class Choice:
         return Part(self.job.index, delta, scored)
 
     def _start(self, event: RequestOutput, hold: Hold) -> None:
-        self._is_started = True
         ttft_s = time.time() - self.job.arrival_s
         told = self.told
         told.image_key = hold.ref.image_key if hold.ref is not None else ""
         told.num_cached = event.num_cached_tokens or 0
-        told.prompt_logprobs = event.prompt_logprobs
+        told.prompt_logprobs = event.prompt_logprobs if self._scorer is None else self._scorer.told.prompt_logprobs
         if self.job.target.version is not None:
             told.phases["resolve_s"] = self.job.target.resolve_s
         told.phases |= hold.phases | (event.phases or {}) | {"ttft_s": ttft_s}
         self._meter.start(image_key=told.image_key, num_cached=told.num_cached, phases=told.phases)
 
+    async def _first(self, part: Part) -> Part:
+        """The first part, the prompt before it if the answer begins with that. What is told is then complete."""
+        if self.job.echo is not None:
+            if self._scorer is not None:
+                self.told.echo = self._scorer.told.echo
+            else:
+                self.told.echo = await off_loop_if(len(self.job.prompt_ids), self._echo)
+            part = self._with_echo(part)
+        self.is_told.set()
+        return part
+
     def _with_echo(self, part: Part) -> Part:
         """`part` with the prompt before it."""
-        text, offsets = self._echo()
+        text, echoed = self.told.echo
         delta = Delta(
             text + part.delta.text,
             part.delta.token_ids,
@@ -186,20 +238,22 @@ class Choice:
         if part.scored is None:
             return Part(part.index, delta)
         self._num_echoed = len(text)
-        rows: list[TokenLogprobs | None] = [None, *(self.told.prompt_logprobs or [])]
-        echoed = [Scored(*fields) for fields in zip(self.job.prompt_ids, offsets, rows, strict=True)]
         output = [scored._replace(offset=scored.offset + len(text)) for scored in part.scored]
         return Part(part.index, delta, [*echoed, *output])
 
-    def _echo(self) -> tuple[str, list[int]]:
-        """The prompt's text, and with logprobs the characters before each of its tokens."""
-        has_offsets = self.job.params.logprobs is not None
-        if self.job.echo and not has_offsets:
+    def _echo(self) -> tuple[str, list[Scored]]:
+        """The prompt's text, and with logprobs its tokens."""
+        has_logprobs = self.job.params.logprobs is not None
+        if self.job.echo and not has_logprobs:
             return self.job.echo, []
         detokenizer = self._tokenizer.detokenizer(skip_special_tokens=self.job.skips_special)
-        whole = OutputText(detokenizer, TextOptions(has_offsets=has_offsets))
+        whole = OutputText(detokenizer, TextOptions(has_offsets=has_logprobs))
         delta = whole.feed(self.job.prompt_ids, "length")
-        return self.job.echo or delta.text, delta.offsets
+        text = self.job.echo or delta.text
+        if not has_logprobs:
+            return text, []
+        rows: list[TokenLogprobs | None] = [None, *(self.told.prompt_logprobs or [])]
+        return text, [Scored(*fields) for fields in zip(self.job.prompt_ids, delta.offsets, rows, strict=True)]
 
 
 class Generation:

@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.access_log import current_entry
+from server.api.door import Door, check_queue, reset_ticket, set_ticket
 from server.api.errors import InvalidApiKey, error_response
 from server.engine.client import Engine
-from server.errors import Overloaded, QueueFull, ServerError
+from server.errors import Overloaded, ServerError
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OPEN_PATHS = frozenset({"/health", "/metrics", "/ready", "/ping"})  # a new route is guarded unless listed
 _GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 DRAINING_RETRY_AFTER_S = 5  # about what a replacement needs to be found
-QUEUE_RETRY_AFTER_S = 1
-
-
-@dataclass(slots=True, eq=False)
-class Door:
-    """Whether requests are let in, and how many are inside.
-
-    open ──close()──▶ draining: what is inside goes on to its end, nothing but reads comes in
-    """
-
-    is_open: bool = True
-    num_inside: int = 0  # requests that ask for a generation, from their arrival to their response's end
-    _emptied: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def close(self) -> None:
-        """Let nobody in from now on."""
-        self.is_open = False
-        if not self.num_inside:
-            self._emptied.set()
-
-    async def until_empty(self) -> None:
-        """Wait until everyone who was inside at close() has left."""
-        await self._emptied.wait()
-
-    def enter(self) -> None:
-        self.num_inside += 1
-
-    def leave(self) -> None:
-        self.num_inside -= 1
-        if not self.num_inside and not self.is_open:
-            self._emptied.set()
 
 
 class Gate:
@@ -83,18 +51,23 @@ class Gate:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                answer = MutableHeaders(scope=message)
+                answer["x-request-id"] = request_id
+                if not self._door.is_open:
+                    answer["connection"] = "close"  # the client's next request finds another server
             await send(message)
 
         refusal = self._refusal(scope, headers)
         if refusal is not None:
             await refusal(scope, receive, send_with_id)
         elif scope["path"] in _GENERATION_PATHS:
-            self._door.enter()
+            ticket = self._door.enter()
+            token = set_ticket(ticket)
             try:
                 await self._app(scope, receive, send_with_id)
             finally:
-                self._door.leave()
+                reset_ticket(token)
+                self._door.leave(ticket)
         else:
             await self._app(scope, receive, send_with_id)
 
@@ -105,30 +78,20 @@ class Gate:
             response = error_response(InvalidApiKey("Incorrect API key provided: send Authorization: Bearer <key>."))
             response.headers["www-authenticate"] = "Bearer"
             return response
-        error = self._closed(scope)
-        return None if error is None else error_response(error)
-
-    def _closed(self, scope: Scope) -> ServerError | None:
-        """Why the server does not take this request now."""
-        if not self._door.is_open and scope["method"] not in ("GET", "HEAD"):
-            return Overloaded(
-                "The server is shutting down and takes no new requests.", retry_after_s=DRAINING_RETRY_AFTER_S
-            )
-        if scope["path"] in _GENERATION_PATHS and self._num_waiting >= self._max_queue_len:
-            return QueueFull(
-                f"{self._num_waiting} requests are waiting, the most that this server lets wait "
-                f"(--max-queue-len {self._max_queue_len}).",
-                retry_after_s=QUEUE_RETRY_AFTER_S,
-            )
+        try:
+            self._check_open(scope)
+        except ServerError as error:
+            return error_response(error)
         return None
 
-    @property
-    def _num_waiting(self) -> int:
-        """Requests inside, or in the engine (a request has one for each choice), that are not running.
-
-        Those on their way to the engine count too, so a burst that comes between two steps finds the bound.
-        """
-        return max(self._door.num_inside, self._engine.num_open) - self._engine.last_stats.num_running
+    def _check_open(self, scope: Scope) -> None:
+        """Raises Overloaded or QueueFull if the server does not take this request now."""
+        if not self._door.is_open and scope["method"] not in ("GET", "HEAD"):
+            raise Overloaded(
+                "The server is shutting down and takes no new requests.", retry_after_s=DRAINING_RETRY_AFTER_S
+            )
+        if scope["path"] in _GENERATION_PATHS:
+            check_queue(self._door, self._engine, self._max_queue_len, 1)
 
     def _has_key(self, authorization: str) -> bool:
         if not self._key_digests:

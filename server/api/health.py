@@ -8,17 +8,18 @@ from starlette.responses import Response
 
 from server.api.errors import json_response
 from server.api.service import ServerState, Service
-from server.metrics import CONTENT_TYPE
+from server.exposition import CONTENT_TYPE
 
 
 def health_of(state: ServerState) -> str:
-    """ok, engine_dead, or engine_stalled: it has said nothing for the stall time-out.
+    """ok, engine_dead, or engine_stalled: for the stall time-out it has said nothing, or its requests did not get on.
 
     A live engine speaks after every step and once a second while idle, so silence is a step that does not end.
     """
     if not state.engine.is_alive:
         return "engine_dead"
-    return "engine_stalled" if state.engine.silent_s > state.limits.engine_stall_timeout_s else "ok"
+    stalled_s = max(state.engine.silent_s, state.engine.stuck_s)
+    return "engine_stalled" if stalled_s > state.limits.engine_stall_timeout_s else "ok"
 
 
 def health_routes(service: Service) -> APIRouter:

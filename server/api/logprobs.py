@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import msgspec
 
 from server.api.choices import Scored
 from server.engine.messages import TokenLogprobs
 from server.text.pieces import Pieces
 
 MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's number for "very unlikely"
+SLICE = 128  # tokens encoded at once: the encoder holds up all threads, whichever it runs in
 
 
 class LogprobsFormat:
@@ -22,7 +25,20 @@ class LogprobsFormat:
         self._as_ids = as_ids
 
     def write(self, scored: Sequence[Scored]) -> dict[str, object]:
-        """The `logprobs` of a choice, or of a chunk of one."""
+        """The `logprobs` of a choice, or of a chunk of one; long lists are encoded already."""
+        if len(scored) <= SLICE:
+            return self._write(scored)
+        lists: dict[str, list[bytes]] = {}
+        others: dict[str, object] = {}
+        for start in range(0, len(scored), SLICE):
+            for name, value in self._write(scored[start : start + SLICE]).items():
+                if isinstance(value, list):
+                    lists.setdefault(name, []).append(_items(value))
+                else:
+                    others[name] = value
+        return {name: _array(items) for name, items in lists.items()} | others
+
+    def _write(self, scored: Sequence[Scored]) -> dict[str, object]:
         if self._is_chat:
             return {"content": [self._chat_token(token) for token in scored], "refusal": None}
         return {
@@ -58,9 +74,14 @@ class LogprobsFormat:
         return f"token_id:{token_id}" if self._as_ids else self._pieces.text_of(token_id)
 
 
-def prompt_logprobs(rows: Sequence[TokenLogprobs], num_top: int, pieces: Pieces) -> list[dict[str, object] | None]:
+def prompt_logprobs(rows: Sequence[TokenLogprobs], num_top: int, pieces: Pieces) -> msgspec.Raw:
     """vLLM's `prompt_logprobs`: null for the first token, then {id: {logprob, rank, decoded_token}} for each."""
-    return [None, *(_ranked(row, num_top, pieces) for row in rows)]
+
+    def slices() -> Iterator[bytes]:
+        for start in range(0, len(rows), SLICE):
+            yield _items([_ranked(row, num_top, pieces) for row in rows[start : start + SLICE]])
+
+    return _array([b"null", *slices()])
 
 
 def _ranked(row: TokenLogprobs, num_top: int, pieces: Pieces) -> dict[str, object]:
@@ -73,3 +94,13 @@ def _ranked(row: TokenLogprobs, num_top: int, pieces: Pieces) -> dict[str, objec
 
 def _finite(logprob: float) -> float:
     return max(logprob, MIN_LOGPROB)
+
+
+def _items(values: list[object]) -> bytes:
+    """`values` as in a JSON array, without its brackets."""
+    return msgspec.json.encode(values)[1:-1]
+
+
+def _array(items: list[bytes]) -> msgspec.Raw:
+    """The JSON array of what _items() gave."""
+    return msgspec.Raw(b"[" + b",".join(items) + b"]")

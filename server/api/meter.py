@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping
 
 from server.api.access_log import current_entry
-from server.metrics import Metrics, RequestEnd
+from server.api.door import current_ticket
+from server.metrics import Metrics, RequestEnd, Siblings
 
 
 class RequestMeter:
-    """Told of a request's events, in order: start() with the first output, tokens() with every one, end() once.
+    """Told of a request's events, in order: sent(), start() with the first output, tokens() with every one, end() once.
 
     The line in the log sums over the engine requests of one HTTP request (its choices).
     """
@@ -24,6 +25,7 @@ class RequestMeter:
         prompt_ids: list[int],
         max_tokens: int,
         arrival_s: float,
+        siblings: Siblings,
     ) -> None:
         """`model` is the name that answers; `arrival_s` is time.time() at the request's arrival."""
         self._metrics = metrics
@@ -31,13 +33,19 @@ class RequestMeter:
         self._prompt_key = id(prompt_ids)  # the choices of a prompt share its list
         self._max_tokens = max_tokens
         self._arrival_s = arrival_s
+        self._siblings = siblings
         self._num_output = 0
         self._last_s = 0.0  # when the last output came; 0 = none yet
         self._first_s = 0.0
         self._phases: Mapping[str, float] = {}
+        self._ticket = current_ticket()
         self._entry = current_entry()
         self._entry.asked(model, is_adapter=is_adapter)
         self._entry.prompt(self._prompt_key, self._num_prompt, 0)
+
+    def sent(self) -> None:
+        """The engine gets it in this turn of the event loop."""
+        self._ticket.sent()
 
     def start(self, *, image_key: str, num_cached: int, phases: Mapping[str, float]) -> None:
         """The first output came. `phases`: seconds by phase, the engine's queue_s, adapter_wait_s, prefill_s in it."""
@@ -73,4 +81,5 @@ class RequestMeter:
             if self._first_s
             else None,
         )
+        self._metrics.choice_end(self._siblings, self._num_output)
         self._entry.ended(reason, self._num_output)

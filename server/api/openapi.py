@@ -14,6 +14,21 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from server.api.adapters import LoadLoraAdapterRequest, UnloadLoraAdapterRequest
+from server.api.answer_schemas import (
+    ADAPTER,
+    ANY,
+    CHAT,
+    CHUNKS,
+    COMPLETION,
+    ERROR,
+    MODEL,
+    STRING,
+    TOKENS,
+    Schema,
+    list_of,
+    nullable,
+    object_of,
+)
 from server.api.errors import json_response
 from server.api.fields import REFUSED_IN_MESSAGES, Refused
 from server.api.schemas import (
@@ -27,92 +42,7 @@ from server.api.schemas import (
 from server.api.service import Service
 from server.api.tokenize import server_version
 
-Schema = dict[str, Any]
-
-_ANY: Schema = {}
-_STRING: Schema = {"type": "string"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
 _OPEN_PATHS = ("/health", "/metrics", "/ready", "/ping")  # no key needed
-
-
-def _object(required: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None) -> Schema:
-    properties = {**required, **(optional or {})}
-    return {"type": "object", "required": list(required), "properties": properties}
-
-
-def _array(items: Schema) -> Schema:
-    return {"type": "array", "items": items}
-
-
-def _nullable(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _list_of(items: Schema) -> Schema:
-    return _object({"object": {"const": "list"}, "data": _array(items)})
-
-
-_ERROR = _object(
-    {
-        "error": _object(
-            {"message": _STRING, "type": _STRING, "param": _nullable(_STRING), "code": {"type": ["string", "integer"]}}
-        )
-    }
-)
-_USAGE = _object(
-    {
-        "prompt_tokens": _COUNT,
-        "completion_tokens": _COUNT,
-        "total_tokens": _COUNT,
-        "prompt_tokens_details": _object({"cached_tokens": _COUNT}),
-    }
-)
-_FINISH = {"enum": ["stop", "length"]}
-_CHOICE: dict[str, Schema] = {
-    "index": _COUNT,
-    "finish_reason": _FINISH,
-    "stop_reason": {"type": ["string", "integer", "null"]},
-}
-
-
-def _generated(kind: str, choice: Mapping[str, Schema]) -> Schema:
-    return _object(
-        {
-            "id": _STRING,
-            "object": {"const": kind},
-            "created": _COUNT,
-            "model": _STRING,
-            "choices": _array(_object({**_CHOICE, **choice})),
-            "usage": _USAGE,
-        }
-    )
-
-
-_CHAT_TOKEN = {"token": _STRING, "logprob": {"type": "number"}, "bytes": _array({"type": "integer"})}
-_CHAT_LOGPROBS = _object(
-    {"content": _array(_object({**_CHAT_TOKEN, "top_logprobs": _array(_object(_CHAT_TOKEN))})), "refusal": _ANY}
-)
-_TEXT_LOGPROBS = _object(
-    {
-        "tokens": _array(_STRING),
-        "token_logprobs": _array({"type": ["number", "null"]}),
-        "top_logprobs": _array({"type": ["object", "null"]}),
-        "text_offset": _array(_COUNT),
-    }
-)
-_COMPLETION = _generated("text_completion", {"text": _STRING, "logprobs": _nullable(_TEXT_LOGPROBS)})
-_CHAT = _generated(
-    "chat.completion",
-    {
-        "message": _object({"role": {"const": "assistant"}, "content": _STRING}),
-        "logprobs": _nullable(_CHAT_LOGPROBS),
-    },
-)
-_MODEL = _object({"id": _STRING, "object": {"const": "model"}, "created": _COUNT, "owned_by": _STRING})
-_ADAPTER = _object({"name": _STRING, "version": _STRING, "disk": _object({"state": _STRING}), "uses": _COUNT})
-_TOKENS = _object(
-    {"count": _COUNT, "max_model_len": _COUNT, "tokens": _array(_COUNT), "token_strs": _nullable(_array(_STRING))}
-)
 
 
 class Operation(NamedTuple):
@@ -128,39 +58,48 @@ def _json(schema: Schema) -> dict[str, Schema]:
     return {"application/json": schema}
 
 
-_TEXT = {"text/plain": _STRING}
-_STREAMED = {"text/event-stream": _STRING}
+def _streamed(chunk: str) -> dict[str, Schema]:
+    """A stream, by the schema of its events' data: OpenAPI 3.1 has no other place to say it."""
+    about = "The data of each event; the last one's is [DONE]."
+    return {"text/event-stream": {"anyOf": [_ref(chunk), _ref("Error")], "description": about}}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+_TEXT = {"text/plain": STRING}
 _GENERATION_ERRORS = (400, 404, 413, 422, 429, 500, 503)
 _TOKENIZE_ERRORS = (400, 404, 413, 422, 500, 503)
 _NAME_ERRORS = (400, 403, 404, 413, 500, 503)
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): Operation(
-        "Continue prompts", _json(_COMPLETION) | _STREAMED, _GENERATION_ERRORS, CompletionRequest
+        "Continue prompts", _json(COMPLETION) | _streamed("CompletionChunk"), _GENERATION_ERRORS, CompletionRequest
     ),
     ("POST", "/v1/chat/completions"): Operation(
-        "Answer a chat", _json(_CHAT) | _STREAMED, _GENERATION_ERRORS, ChatRequest
+        "Answer a chat", _json(CHAT) | _streamed("ChatChunk"), _GENERATION_ERRORS, ChatRequest
     ),
     ("POST", "/tokenize"): Operation(
-        "The token ids of a prompt or of messages", _json(_TOKENS), _TOKENIZE_ERRORS, TokenizeRequest
+        "The token ids of a prompt or of messages", _json(TOKENS), _TOKENIZE_ERRORS, TokenizeRequest
     ),
     ("POST", "/detokenize"): Operation(
-        "The text of token ids", _json(_object({"prompt": _STRING})), _TOKENIZE_ERRORS, DetokenizeRequest
+        "The text of token ids", _json(object_of({"prompt": STRING})), _TOKENIZE_ERRORS, DetokenizeRequest
     ),
-    ("GET", "/version"): Operation("The server's version", _json(_object({"version": _STRING}))),
-    ("GET", "/openapi.json"): Operation("This document", _json(_object({"openapi": _STRING}))),
-    ("GET", "/v1/models"): Operation("The base and all adapters", _json(_list_of(_MODEL)), (500, 503)),
-    ("GET", "/v1/models/{model}"): Operation("One model by its name", _json(_MODEL), (404, 500, 503)),
-    ("GET", "/v1/adapters"): Operation("All adapters and where they are", _json(_list_of(_ADAPTER)), (500, 503)),
+    ("GET", "/version"): Operation("The server's version", _json(object_of({"version": STRING}))),
+    ("GET", "/openapi.json"): Operation("This document", _json(object_of({"openapi": STRING}))),
+    ("GET", "/v1/models"): Operation("The base and all adapters", _json(list_of(MODEL)), (500, 503)),
+    ("GET", "/v1/models/{model}"): Operation("One model by its name", _json(MODEL), (404, 500, 503)),
+    ("GET", "/v1/adapters"): Operation("All adapters and where they are", _json(list_of(ADAPTER)), (500, 503)),
     ("POST", "/v1/load_lora_adapter"): Operation("Give a name an adapter", _TEXT, _NAME_ERRORS, LoadLoraAdapterRequest),
     ("POST", "/v1/unload_lora_adapter"): Operation(
         "Take an adapter's name away", _TEXT, _NAME_ERRORS, UnloadLoraAdapterRequest
     ),
     ("GET", "/metrics"): Operation("Prometheus metrics", _TEXT),
-    ("GET", "/health"): Operation("Whether the engine runs", _json(_ANY), (503,)),
-    ("GET", "/ready"): Operation("Whether new requests are taken", _json(_ANY), (503,)),
-    ("GET", "/ping"): Operation("The same as /health", _json(_ANY), (503,)),
-    ("POST", "/ping"): Operation("The same as /health", _json(_ANY), (503,)),
+    ("GET", "/health"): Operation("Whether the engine runs", _json(ANY), (503,)),
+    ("GET", "/ready"): Operation("Whether new requests are taken", _json(ANY), (503,)),
+    ("GET", "/ping"): Operation("The same as /health", _json(ANY), (503,)),
+    ("POST", "/ping"): Operation("The same as /health", _json(ANY), (503,)),
 }
 """Every route of the app. One that is missing here is not in the document, and a test is red."""
 
@@ -180,7 +119,7 @@ def openapi_routes(app: FastAPI, service: Service) -> APIRouter:
 
 def document(routes: Sequence[BaseRoute], vocab_size: int) -> Schema:
     """The OpenAPI 3.1 document of `routes`; token ids are bounded by `vocab_size`."""
-    components: dict[str, Schema] = {"Error": _ERROR}
+    components: dict[str, Schema] = {}
     paths: dict[str, dict[str, Schema]] = {}
     for method, path in sorted(served_operations(routes)):
         operation = OPERATIONS.get((method, path))
@@ -191,7 +130,7 @@ def document(routes: Sequence[BaseRoute], vocab_size: int) -> Schema:
         "info": {"title": "multilora", "version": server_version()},
         "paths": paths,
         "components": {
-            "schemas": _bounded(components, vocab_size),
+            "schemas": _bounded(components, vocab_size) | CHUNKS | {"Error": ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
@@ -216,13 +155,13 @@ def _described(path: str, operation: Operation, components: dict[str, Schema]) -
     for status in (*operation.errors, *((401,) if has_key else ())):
         responses[str(status)] = {
             "description": _REASONS[status],
-            "content": _content({"$ref": "#/components/schemas/Error"} if has_key else _ANY),
+            "content": _content(_ref("Error") if has_key else ANY),
         }
     described: Schema = {"summary": operation.summary, "responses": responses}
     if has_key:
         described["security"] = [{}, {"key": []}]  # a server without --api-key takes requests without one
     if "{model}" in path:
-        described["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": _STRING}]
+        described["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": STRING}]
     if operation.body is not None:
         schema = _body_schema(operation.body, components)
         described["requestBody"] = {"required": True, "content": _content(schema)}
@@ -252,8 +191,9 @@ def _body_schema(model: type[BaseModel], components: dict[str, Schema]) -> Schem
     parts: dict[str, Schema] = schema.pop("$defs", {})
     if Message.__name__ in parts:
         parts[Message.__name__] = _open(parts[Message.__name__], REFUSED_IN_MESSAGES)
-    components |= parts | {model.__name__: _open(schema, REFUSED_BY_SCHEMA.get(model, {}))}
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+    opened = _open(schema, REFUSED_BY_SCHEMA[model]) if model in REFUSED_BY_SCHEMA else schema
+    components |= parts | {model.__name__: opened}
+    return _ref(model.__name__)
 
 
 def _open(schema: Schema, refused: Refused) -> Schema:
@@ -262,7 +202,7 @@ def _open(schema: Schema, refused: Refused) -> Schema:
     for name, field in schema["properties"].items():
         is_required = name in schema.get("required", ())
         field = {key: value for key, value in field.items() if key != "title"}
-        properties[name] = field if is_required or {"type": "null"} in field.get("anyOf", ()) else _nullable(field)
+        properties[name] = field if is_required or {"type": "null"} in field.get("anyOf", ()) else nullable(field)
     for name, inert in refused.items():
         properties[name] = {"enum": [None, *inert], "description": "Not supported: any other value is refused."}
     return {**schema, "properties": properties}

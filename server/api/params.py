@@ -82,7 +82,7 @@ def sampling_params(
         )
     top_k = _chosen(asked.top_k, defaults.top_k)
     return SamplingParams(
-        max_tokens=max(max_tokens, 1),  # an echo alone still takes a step, whose token is dropped
+        max_tokens=max_tokens,
         min_tokens=asked.min_tokens,
         temperature=_chosen(asked.temperature, defaults.temperature),
         top_p=_chosen(asked.top_p, defaults.top_p),
@@ -119,7 +119,7 @@ def truncated(prompt_ids: list[int], asked: GenerationRequest, max_model_len: in
     if keep is None:
         return prompt_ids
     if keep == -1:
-        keep = max(max_model_len - max(_wanted_tokens(asked)[1] or 1, 1), 1)
+        keep = max(max_model_len - _num_wanted(asked), 1)
     return prompt_ids[-keep:]
 
 
@@ -142,18 +142,23 @@ def _wanted_tokens(asked: GenerationRequest) -> tuple[str, int | None]:
     return "max_tokens", asked.max_tokens
 
 
+def _num_wanted(asked: GenerationRequest) -> int:
+    """Tokens of output that the context must have room for; 0 for an echo alone."""
+    wanted = _wanted_tokens(asked)[1]
+    return 1 if wanted is None else wanted
+
+
 def _max_tokens(asked: GenerationRequest, num_prompt: int, max_model_len: int) -> int:
     """The bound that the client set, else the endpoint's default; what doesn't fit the context is refused."""
-    room = max_model_len - num_prompt
+    room, num_output = max_model_len - num_prompt, _num_wanted(asked)
     prompt_name = "messages" if isinstance(asked, ChatRequest) else "prompt"
     name, wanted = _wanted_tokens(asked)
-    if room < 1 or (wanted or 1) > room:
-        num_output = 1 if wanted is None else wanted
+    if num_output > room:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {max_model_len} tokens. However, you requested "
             f"{num_prompt + num_output} tokens ({num_prompt} in the {prompt_name}, {num_output} in the completion). "
             f"Please reduce the length of the {prompt_name} or completion.",
-            param=prompt_name if room < 1 else name,
+            param=prompt_name if room < min(num_output, 1) else name,
         )
     if wanted is not None:
         return wanted

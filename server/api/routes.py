@@ -10,6 +10,7 @@ from server.api.answers import CHAT, COMPLETIONS, Answer, Endpoint
 from server.api.body import read_object
 from server.api.disconnect import ClientGone, until_gone
 from server.api.errors import json_response
+from server.api.protocol import Line, line_of
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse_request
 from server.api.service import Service
 from server.api.sse import SseResponse, guarded
@@ -41,12 +42,14 @@ async def _generate(
         body = await read_object(request, service.state.limits.max_body_bytes)
         asked = parse_request(schema, body, service.state.engine.ready)
         has_phases = request.headers.get("x-multilora-phases") == "1"
-        return await until_gone(request.receive, _answer(service, asked, endpoint, has_phases))
+        return await until_gone(request.receive, _answer(service, asked, endpoint, has_phases, line_of(request.scope)))
     except (ClientGone, ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _answer(service: Service, asked: GenerationRequest, endpoint: Endpoint, has_phases: bool) -> Response:
+async def _answer(
+    service: Service, asked: GenerationRequest, endpoint: Endpoint, has_phases: bool, line: Line | None
+) -> Response:
     """The response, not before the engine's first event: until then an error is a status code, also on a stream."""
     pieces = service.state.tokenizer.pieces
     answer = Answer(endpoint, asked, await service.prepare(asked), pieces, has_phases=has_phases)
@@ -59,4 +62,4 @@ async def _answer(service: Service, asked: GenerationRequest, endpoint: Endpoint
     except BaseException:
         await parts.aclose()
         raise
-    return SseResponse(guarded(answer.frames(first, parts)), answer.headers())
+    return SseResponse(guarded(answer.frames(first, parts, line)), answer.headers())

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
-from prometheus_client import CollectorRegistry
 
 from adapters_store.catalog import Catalog
 from adapters_store.store import AdapterStore
 from server.api.choices import Choice, Generation, Job
-from server.api.gate import Door
+from server.api.door import Door, check_choices
 from server.api.params import (
     SamplingDefaults,
     bad_word_ids,
@@ -29,7 +28,7 @@ from server.api.supply import AdapterSupply, Target
 from server.engine.client import Engine
 from server.engine_metrics import EngineFacts
 from server.errors import BadRequest, ContextLengthExceeded, EngineDead
-from server.metrics import Metrics
+from server.metrics import Metrics, Siblings
 from server.text.output import TextOptions
 from server.text.tokenizer import BaseTokenizer
 
@@ -42,7 +41,7 @@ class ApiLimits:
 
     max_body_bytes: int = 16 << 20
     max_adapters_per_step: int = 64  # the engine's, told in /metrics
-    max_queue_len: int = 4096  # requests that wait to run; more are refused at arrival
+    max_queue_len: int = 4096  # choices that wait to run; more are refused at arrival
     engine_stall_timeout_s: float = 60.0  # an engine silent for longer is not healthy
     has_access_log: bool = False
     allowed_origins: Sequence[str] = ()  # of browsers' pages (CORS)
@@ -61,9 +60,9 @@ class ServerState:
     api_keys: Sequence[str] = ()  # none: open to whoever reaches it
     door: Door = field(default_factory=Door)
     may_load_adapters: bool = False  # by /v1/load_lora_adapter and unload
+    guards_loading: bool = False  # nobody asked for it: it is on by loopback, and other sites' pages are refused
     pins: Pins | None = None  # those made at start
     limits: ApiLimits = field(default_factory=ApiLimits)
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     started_s: float = field(default_factory=time.time)
 
 
@@ -79,13 +78,14 @@ class Service:
             disk=state.store.tier,
             max_adapters=state.limits.max_adapters_per_step,
         )
-        self.metrics = Metrics(state.registry, state.base_names[0], facts)
+        self.metrics = Metrics(state.base_names[0], facts)
 
     async def prepare(self, asked: GenerationRequest) -> Generation:
         """Resolve the model, tokenize, check the lengths. Raises ServerError, AdapterError."""
         arrival_s = time.time()
         if not self.state.engine.is_alive:
             raise EngineDead("The engine has stopped; the server is going down.")
+        check_choices(self.state.engine, self.state.limits.max_queue_len, len(_prompts(asked)) * asked.n)
         target = await self.supply.resolve(asked.model)
         request_id = uuid.uuid4().hex
         bad_words = bad_word_ids(self.state.tokenizer, asked.bad_words)
@@ -98,23 +98,28 @@ class Service:
             kept = truncated(ids, asked, max_model_len)
             params = sampling_params(asked, len(kept), max_model_len, self.state.defaults, bad_words)
             echo = (prompt if isinstance(prompt, str) and kept is ids else "") if is_echoed(asked) else None
+            siblings = Siblings(asked.n)
+            scorer: Choice | None = None  # of the prompt, for its other choices too
             for index in range(asked.n):
+                seeded = replace(params, seed=seed_of(asked, index))
                 job = Job(
                     index=len(choices),
                     request_id=f"{request_id}-{len(choices)}",
                     target=target,
                     prompt_ids=kept,
-                    params=replace(params, seed=seed_of(asked, index)),
+                    params=seeded if scorer is None else replace(seeded, prompt_logprobs=None),
                     text=_text_options(asked),
                     skips_special=asked.skip_special_tokens,
                     echo=echo,
-                    has_output=asked.max_tokens != 0,
                     cache_salt=asked.cache_salt,
                     priority=asked.priority,
                     arrival_s=arrival_s,
+                    siblings=siblings,
                     continues_prompt=isinstance(asked, CompletionRequest) or _continues(asked),
                 )
-                choices.append(Choice(self, job))
+                choices.append(Choice(self, job, scorer))
+                if scorer is None and params.prompt_logprobs is not None:
+                    scorer = choices[-1]
         return Generation(request_id, target, choices, asked.n)
 
     async def encode(
@@ -137,7 +142,15 @@ class Service:
             continue_final_message=asked.continue_final_message,
             template=template,
             kwargs=asked.chat_template_kwargs,
+            max_chars=self._max_chars(asked),
         )
+
+    def _max_chars(self, asked: GenerationRequest | TokenizeRequest) -> int:
+        """Of a text that is tokenized: more than any context could hold, unless it is only counted or cut."""
+        max_chars = self.state.engine.ready.max_model_len * self.state.tokenizer.max_token_chars
+        if isinstance(asked, TokenizeRequest) or asked.truncate_prompt_tokens is not None:
+            return max(max_chars, MAX_LONG_CHARS)
+        return max_chars
 
     def _check_chars(self, asked: GenerationRequest | TokenizeRequest, prompt: str | None) -> None:
         """Refuse a text that no context could hold before it is rendered and tokenized, which costs far more."""
@@ -146,10 +159,7 @@ class Service:
         else:
             assert isinstance(asked, ChatRequest | TokenizeRequest) and asked.messages is not None
             name, num_chars = "messages", sum(message.num_chars for message in asked.messages)
-        max_tokens = self.state.engine.ready.max_model_len
-        max_chars = max_tokens * self.state.tokenizer.max_token_chars
-        if isinstance(asked, TokenizeRequest) or asked.truncate_prompt_tokens is not None:
-            max_chars = max(max_chars, MAX_LONG_CHARS)
+        max_tokens, max_chars = self.state.engine.ready.max_model_len, self._max_chars(asked)
         if num_chars > max_chars:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {max_tokens} tokens. However, the {name} "
@@ -161,6 +171,7 @@ class Service:
     async def close(self) -> None:
         """End what runs in the background."""
         await self.supply.close()
+        await self.state.tokenizer.close()
 
 
 def _prompts(asked: GenerationRequest) -> list[PromptInput] | list[None]:

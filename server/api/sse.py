@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from adapters_store.errors import AdapterError
+from server.api.access_log import PLAIN_SEND
 from server.api.choices import Part
 from server.api.disconnect import ClientGone, until_gone
 from server.api.errors import body_of, error_body
@@ -19,7 +21,7 @@ from server.api.logprobs import LogprobsFormat
 from server.errors import ServerError
 
 DONE = b"data: [DONE]\n\n"
-_encode = msgspec.json.encode
+_LINE_ENDS = tuple((char.encode(), b"\\u%04x" % ord(char)) for char in "\x85\u2028\u2029")  # str.splitlines' own
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Frames:
         self._heads: dict[int, bytes] = {}  # by the choice's index
         self._before, self._after = (b'"delta":{"content":', b"}") if is_chat else (b'"text":', b"")
         self._null_usage = b',"usage":null' if has_usage else b""
+        self._plain: dict[int, tuple[bytes, bytes, bytes]] = {}  # by the same: around text, around ids
 
     def start(self, index: int, prompt_ids: list[int]) -> bytes:
         """What comes before a choice's text: the role of a chat, the prompt's ids if asked for (a chat's once)."""
@@ -61,6 +64,8 @@ class Frames:
     def part(self, part: Part) -> bytes:
         """The text of one engine event, if it has any (or ids, or logprobs), and the finish chunk after the last."""
         delta, frames = part.delta, b""
+        if delta.finish_reason is None and not part.scored:
+            return self.plain(part.index, delta.text, delta.token_ids)
         if delta.text or (self._has_token_ids and delta.token_ids) or part.scored:
             text = self._before + _encode(delta.text) + self._after
             ids = b',"token_ids":' + _encode(delta.token_ids) if self._has_token_ids else b""
@@ -70,6 +75,17 @@ class Frames:
         last = b'"delta":{}' if self._is_chat else b'"text":""'
         why = b',"stop_reason":' + _encode(delta.stop_reason)
         return frames + self._choice(part.index, last, b"null", _encode(delta.finish_reason), why)
+
+    def plain(self, index: int, text: str, token_ids: list[int]) -> bytes:
+        """The same for an event without an end and logprobs: what nearly all of them are."""
+        if index not in self._plain:
+            whole = self._choice(index, self._before + b"\0" + self._after, b"null", b"null", b"\0")
+            before, after, end = whole.split(b"\0")
+            self._plain[index] = before, after + b',"token_ids":' * self._has_token_ids, end
+        before, after, end = self._plain[index]
+        if self._has_token_ids:
+            return b"".join((before, _encode(text), after, _encode(token_ids), end)) if text or token_ids else b""
+        return b"".join((before, _encode(text), after, end)) if text else b""
 
     def usage(self, usage: Mapping[str, object]) -> bytes:
         """The usage chunk."""
@@ -88,6 +104,16 @@ class Frames:
     def _choice(self, index: int, text: bytes, logprobs: bytes, finish_reason: bytes, more: bytes) -> bytes:
         tail = b',"logprobs":' + logprobs + b',"finish_reason":' + finish_reason + more + b"}]"
         return self._head(index) + text + tail + self._null_usage + b"}\n\n"
+
+
+def _encode(value: object) -> bytes:
+    """JSON without the line ends that JSON allows: clients that split a stream at those would tear the frame."""
+    encoded = msgspec.json.encode(value)
+    if encoded.isascii():
+        return encoded
+    for line_end, escaped in _LINE_ENDS:
+        encoded = encoded.replace(line_end, escaped)
+    return encoded
 
 
 def error_frame(error: ServerError | AdapterError | None) -> bytes:
@@ -126,12 +152,16 @@ class SseResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._frames):
             with suppress(ClientGone, OSError):  # OSError: how newer servers tell of a closed connection
-                await until_gone(receive, self._send(send))
+                gone = asyncio.Event()
+                await until_gone(receive, self._send(send, scope.get(PLAIN_SEND, send), gone), gone)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, plain_send: Send, gone: asyncio.Event) -> None:
+        """The head through `send`; the frames through `plain_send`, since all middleware here is about heads."""
         start: dict[str, Any] = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         async for frame in self._frames:
             if frame:
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await plain_send({"type": "http.response.body", "body": frame, "more_body": True})
+                if gone.is_set():  # whatever the engine has for it by now: who left before its end aborted
+                    raise ClientGone
+        await plain_send({"type": "http.response.body", "body": b"", "more_body": False})

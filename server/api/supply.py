@@ -12,6 +12,7 @@ from adapters_store.catalog import Catalog
 from adapters_store.errors import AdapterError
 from adapters_store.ref import AdapterRef, SourceVersion, is_adapter_name
 from adapters_store.store import AdapterStore
+from server.api.access_log import current_entry
 from server.api.errors import shown
 from server.api.pins import Pins
 from server.api.usage import UsageLog
@@ -78,6 +79,7 @@ class AdapterSupply:
 
     async def resolve(self, model: str) -> Target:
         """`<base>`, `<adapter>` or `<base>:<adapter>`. Raises ModelNotFound, and AdapterError from the source."""
+        current_entry().named(model)
         if model in self._base_names:
             return Target(model, None)
         prefix = next((f"{base}:" for base in self._base_names if model.startswith(f"{base}:")), "")

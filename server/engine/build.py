@@ -11,7 +11,7 @@ import torch
 
 from adapters_store.host import HostCache
 from adapters_store.manifest import BaseManifest, write_manifest
-from kernels.ops import get_backend
+from kernels.ops import DEFAULT_BACKEND, Backend, backends, get_backend
 from server.adapters.arena import AdapterArena
 from server.adapters.layer import StepState
 from server.adapters.slots import AdapterSlots
@@ -23,6 +23,7 @@ from server.engine.limits import SchedulerLimits
 from server.engine.messages import EngineReady
 from server.engine.scheduler import Scheduler
 from server.errors import ConfigError
+from server.model.forward import forward_of
 from server.model.kv import KVCache
 from server.model.loader import LoadedBase, load_base
 from server.model.manifest import build_manifest
@@ -50,7 +51,7 @@ def build(config: EngineConfig) -> EngineCore:
     manifest, manifest_path = _manifest(config)
     base = load_base(config.model, config.dtype, config.device, config.max_model_len)
     memory = _size_memory(config, base)
-    backend = get_backend(config.backend)
+    backend = _backend(config)
     max_slots = config.max_loaded_adapters + 1  # slot 0 is the base's
     host = HostCache(config.host_memory) if config.host_memory else None
     arena = AdapterArena(
@@ -65,7 +66,15 @@ def build(config: EngineConfig) -> EngineCore:
     adapt(base.model, manifest, step)
     slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=max_slots, device=arena)
     kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
-    runner = ModelRunner(base, kv, step, backend, max_rows=config.max_step_tokens, holds=slots.holds)
+    runner = ModelRunner(
+        forward_of(base, manifest, step, kv, backend, config.max_step_tokens),
+        step,
+        eos_token_ids=base.eos_token_ids,
+        block_size=config.block_size,
+        max_rows=config.max_step_tokens,
+        device=base.device,
+        holds=slots.holds,
+    )
     blocks = BlockPool(memory.num_blocks, config.block_size, has_prefix_cache=config.enable_prefix_cache)
     limits = _limits(config, base, manifest)
     return EngineCore(
@@ -103,6 +112,17 @@ def _manifest(config: EngineConfig) -> tuple[BaseManifest, Path]:
     path = folder / f"{manifest.digest[:32]}-{manifest.dtype}.json"
     write_manifest(manifest, path)
     return manifest, path
+
+
+def _backend(config: EngineConfig) -> Backend:
+    """The one asked for; unasked, the native kernels where this machine has them."""
+    name = config.backend
+    if name == "auto":
+        name = "cpu" if config.device == "cpu" and "cpu" in backends() else DEFAULT_BACKEND
+    try:
+        return get_backend(name)
+    except ValueError as error:
+        raise ConfigError(f"--backend {name}: {error}") from None
 
 
 def _check_device(device: str) -> None:

@@ -29,8 +29,9 @@ from server.engine.messages import (
     ToEngine,
 )
 from server.engine.process import EngineProcess, LaunchSpec, describe_exit
+from server.engine.progress import Progress
 from server.engine.residents import Residents
-from server.engine.streams import Streams
+from server.engine.streams import Streams, Taker
 from server.engine.transport import ClientTransport
 from server.errors import ConfigError, EngineDead
 
@@ -68,6 +69,10 @@ class Engine(Protocol):
         """Seconds since the engine last said anything. Beyond a second or two: a long step, or stuck."""
 
     @property
+    def stuck_s(self) -> float:
+        """Seconds that requests have been running without a step that ended, whatever the engine says; else 0."""
+
+    @property
     def num_open(self) -> int:
         """Streams whose terminal output has not come: zero means drained."""
 
@@ -77,6 +82,12 @@ class Engine(Protocol):
         Outputs that came while the reader was busy are merged into one. Leaving early aborts the request,
         in the same turn of the event loop; wrap it in contextlib.aclosing. An engine's death is an output
         with finish_reason "error" here; EngineDead is raised only for requests that come after it.
+        """
+
+    def divert(self, request_id: str, take: Taker) -> None:
+        """Offer an open request's further outputs, but the last, to `take` while the reader of generate() waits.
+
+        What it declines comes through generate() as before, and so does what it raises.
         """
 
     def abort(self, request_id: str) -> None:
@@ -117,6 +128,7 @@ class AsyncEngine:
         self._streams = Streams(self._send, refusal="The engine has not started.")
         self._last_stats = StepStats()
         self._heard_s = time.monotonic()
+        self._progress = Progress()
         self._is_delivering = False
         self._is_closing = False
         self._ready: EngineReady | None = None
@@ -147,6 +159,10 @@ class AsyncEngine:
     @property
     def silent_s(self) -> float:
         return time.monotonic() - self._heard_s
+
+    @property
+    def stuck_s(self) -> float:
+        return self._progress.stuck_s
 
     @property
     def num_open(self) -> int:
@@ -187,6 +203,9 @@ class AsyncEngine:
         """See Engine. Raises EngineDead here when it is known, else at the first `__anext__`."""
         self._streams.check()
         return self._streams.stream(request)
+
+    def divert(self, request_id: str, take: Taker) -> None:
+        self._streams.divert(request_id, take)
 
     def abort(self, request_id: str) -> None:
         self._streams.abort(request_id)
@@ -245,6 +264,7 @@ class AsyncEngine:
         match message:
             case StepOutputs():
                 self._last_stats = message.stats
+                self._progress.take(message)
                 self.residents.apply(message.slot_changes)
                 await self._streams.deliver(message.outputs)
             case EngineReady():

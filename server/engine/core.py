@@ -20,6 +20,7 @@ from server.engine.messages import (
     EngineReady,
     RequestError,
     RequestOutput,
+    SlotChange,
     StepOutputs,
     StepStats,
 )
@@ -123,7 +124,7 @@ class EngineCore:
         self._refused = []
         if plan.items:
             outputs += self._run(plan)
-        changes = self.slots.take_changes()
+        changes = self.slots.take_changes() + self._host_changes()
         for change in changes:
             if change.state == "ready":
                 self._tally.load(self._phases_of(change.image_key))
@@ -148,6 +149,10 @@ class EngineCore:
     def close(self) -> None:
         """Release threads and memory."""
         self._on_close()
+
+    def _host_changes(self) -> list[SlotChange]:
+        changes = self._host.take_changes() if self._host else []
+        return [SlotChange(image_key, "hosted" if is_held else "unhosted") for image_key, is_held in changes]
 
     def _with_load_phases(self, output: RequestOutput, image_keys: dict[str, str]) -> RequestOutput:
         """The output, with the load's own phases when its request had to wait for the load."""

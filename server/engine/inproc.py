@@ -24,8 +24,9 @@ from server.engine.messages import (
     StepStats,
     ToEngine,
 )
+from server.engine.progress import Progress
 from server.engine.residents import Residents
-from server.engine.streams import Streams
+from server.engine.streams import Streams, Taker
 
 MAX_WAIT_S = 0.01  # between two turns that had nothing to do
 
@@ -50,6 +51,7 @@ class InprocEngine:
         self._driver: asyncio.Task[None] | None = None
         self._last_stats = StepStats()
         self._turned_s = time.monotonic()
+        self._progress = Progress()
 
     @property
     def ready(self) -> EngineReady:
@@ -70,6 +72,10 @@ class InprocEngine:
         return time.monotonic() - self._turned_s if is_driven else 0.0
 
     @property
+    def stuck_s(self) -> float:
+        return self._progress.stuck_s
+
+    @property
     def num_open(self) -> int:
         return len(self._streams.open_ids)
 
@@ -77,6 +83,9 @@ class InprocEngine:
         """See Engine."""
         self._streams.check()
         return self._streams.stream(request)
+
+    def divert(self, request_id: str, take: Taker) -> None:
+        self._streams.divert(request_id, take)
 
     def abort(self, request_id: str) -> None:
         self._streams.abort(request_id)
@@ -129,6 +138,7 @@ class InprocEngine:
                 self._turned_s = time.monotonic()
                 outputs, has_work = await loop.run_in_executor(self._thread, self._turn, messages)
                 self._last_stats = outputs.stats
+                self._progress.take(outputs)
                 self.residents.apply(outputs.slot_changes)
                 await self._streams.deliver(outputs.outputs)
                 if not (has_work or self._inbox or self._streams.open_ids):

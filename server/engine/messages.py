@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from adapters_store.histogram import Counts
 from adapters_store.ref import AdapterRef
 
 
@@ -159,11 +160,11 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     resident_adapters: int = 0
     adapter_bytes_used: int = 0
     adapter_acquires: int = 0  # times a request got its adapter's slot
-    load_seconds: dict[str, float] = {}  # by phase, of all loads into device memory
+    load_seconds: dict[str, Counts] = {}  # by phase, of all loads into device memory
     steps_by_rows: tuple[int, ...] = ()  # steps by tally.ROW_BOUNDS
-    rows_total: int = 0
+    rows_total: float = 0
     steps_by_adapters: tuple[int, ...] = ()  # steps by tally.ADAPTER_BOUNDS
-    adapters_total: int = 0
+    adapters_total: float = 0
     host_images: int = 0
     host_bytes_used: int = 0
     host_hits: int = 0
@@ -171,10 +172,10 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SlotChange(msgspec.Struct, frozen=True):
-    """An image came to the device, left it, or could not be loaded."""
+    """An image came to the device, left it, or could not be loaded; or came to host memory, or left that."""
 
     image_key: str
-    state: Literal["ready", "gone", "failed"]
+    state: Literal["ready", "gone", "failed", "hosted", "unhosted"]
     message: str = ""  # why it failed
 
 

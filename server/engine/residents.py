@@ -1,4 +1,4 @@
-"""What is on the device, as far as the engine has told: an image key and how it is."""
+"""What is on the device and in host memory, as far as the engine has told: an image key and how it is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Residents:
 
     def __init__(self) -> None:
         self._ready: set[str] = set()
+        self._hosted: set[str] = set()
         self._failures: OrderedDict[str, str] = OrderedDict()
 
     def __contains__(self, image_key: str) -> bool:
@@ -22,6 +23,10 @@ class Residents:
 
     def __len__(self) -> int:
         return len(self._ready)
+
+    def is_hosted(self, image_key: str) -> bool:
+        """Whether host memory has this image."""
+        return image_key in self._hosted
 
     def failure(self, image_key: str) -> str | None:
         """Why the last load of this image failed; None when it did not, or has been loaded since."""
@@ -32,6 +37,10 @@ class Residents:
         for change in changes:
             if change.state == "gone":
                 self._ready.discard(change.image_key)
+            elif change.state == "hosted":
+                self._hosted.add(change.image_key)
+            elif change.state == "unhosted":
+                self._hosted.discard(change.image_key)
             elif change.state == "ready":
                 self._ready.add(change.image_key)
                 self._failures.pop(change.image_key, None)

@@ -10,34 +10,51 @@ from msgspec.structs import replace
 from server.engine.messages import Abort, AddRequest, RequestError, RequestOutput, ToEngine
 from server.errors import BadRequest, EngineDead
 
+Taker = Callable[[RequestOutput], bool]  # takes an output at once, or says that it doesn't and does nothing
+
 CHUNK = 128  # outputs handed over between two turns of the event loop
 
 
 class Collector:
     """A request's unread outputs, merged into one: a slow reader costs its tokens and nothing else."""
 
-    __slots__ = ("_arrived", "_is_merged", "_unread")
+    __slots__ = ("_is_merged", "_reader", "_unread", "take")
 
     def __init__(self) -> None:
         self._unread: RequestOutput | None = None
         self._is_merged = False  # the unread token list is ours to extend, not the sender's
-        self._arrived = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # who waits for the next one
+        self.take: Taker | None = None  # is asked first while the reader waits: spares waking it
 
     def put(self, output: RequestOutput) -> None:
         """Add what one step did. Never blocks; amortised O(new tokens)."""
+        reader = self._reader
+        if reader is not None and not reader.done() and self.take is not None and output.finish_reason is None:
+            try:
+                if self.take(output):
+                    return
+            except Exception as error:  # the reader's, not of who delivers
+                reader.set_exception(error)
+                return
         if self._unread is None:
             self._unread = output
             self._is_merged = False
         else:
             self._unread = self._merge(self._unread, output)
-        self._arrived.set()
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     async def get(self) -> RequestOutput:
         """All that came since the last call; waits for the first. One reader at a time."""
-        await self._arrived.wait()
-        self._arrived.clear()
+        if self._unread is None:
+            assert self._reader is None, "two readers"
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
         output, self._unread = self._unread, None
-        assert output is not None, "woken without an output: two readers?"
+        assert output is not None, "woken without an output"
         return output
 
     def _merge(self, old: RequestOutput, new: RequestOutput) -> RequestOutput:
@@ -119,6 +136,14 @@ class Streams:
                 del self._open[request_id]
                 self._aborted.add(request_id)
                 self._send(Abort([request_id]))
+
+    def divert(self, request_id: str, take: Taker) -> None:
+        """Offer an open request's further outputs, but the last, to `take` while the reader of its stream waits.
+
+        What it declines goes to the reader; what it raises is raised there.
+        """
+        if request_id in self._open:
+            self._open[request_id].take = take
 
     def abort(self, request_id: str) -> None:
         """Ask the engine to end a request; its stream goes on to its terminal output. Unknown ids: no-op."""

@@ -23,6 +23,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -51,10 +52,14 @@ class ClientTransport:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._context = zmq.asyncio.Context()
+        self._watcher: asyncio.AbstractEventLoop | None = None  # the event loop, while it watches the inbox
+        self._receiver: asyncio.Future[None] | None = None  # who waits for a message
         try:
             self.endpoints = Endpoints(self._address("to_engine.sock"), self._address("from_engine.sock"))
             self._outbox = self._context.socket(zmq.PUSH)
-            self._inbox = self._context.socket(zmq.PULL)
+            # Not pyzmq's asyncio socket: that costs as much as the tokens of five streams, with every step's message.
+            inbox: Any = self._context.socket(zmq.PULL, socket_class=zmq.Socket)  # type: ignore[arg-type]
+            self._inbox: zmq.Socket[bytes] = inbox
             self._outbox.set_hwm(MAX_QUEUED)
             self._inbox.set_hwm(MAX_QUEUED)
             self._outbox.bind(self.endpoints.to_engine)
@@ -64,8 +69,34 @@ class ClientTransport:
             raise
 
     async def receive(self) -> FromEngine:
-        """The next message. Raises msgspec.MsgspecError for one that is not of this protocol."""
-        return self._decoder.decode(await self._inbox.recv())
+        """The next message. Raises msgspec.MsgspecError for one that is not of this protocol. One caller at a time."""
+        while True:
+            try:
+                return self._decoder.decode(self._inbox.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                await self._readable()
+
+    async def _readable(self) -> None:
+        """Wait for the socket's file descriptor, which tells of a message after a recv() that found none."""
+        if self._watcher is None:
+            self._watcher = asyncio.get_running_loop()
+            self._watcher.add_reader(self._inbox.fileno(), self._on_readable)
+        self._receiver = asyncio.get_running_loop().create_future()
+        try:
+            await self._receiver
+        finally:
+            self._receiver = None
+
+    def _on_readable(self) -> None:
+        if self._receiver is None:
+            self._unwatch()  # or the event loop would spin for as long as nobody receives
+        elif not self._receiver.done():
+            self._receiver.set_result(None)
+
+    def _unwatch(self) -> None:
+        if self._watcher is not None:
+            self._watcher.remove_reader(self._inbox.fileno())
+            self._watcher = None
 
     def send(self, message: ToEngine) -> None:
         """Send at once, or behind what is already waiting for room; never blocks, keeps the order."""
@@ -80,6 +111,7 @@ class ClientTransport:
 
     def close(self) -> None:
         """Close at once; what was not sent is dropped. May be called twice."""
+        self._unwatch()
         self._context.destroy(linger=0)
         self.seal()
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import torch
 
 from kernels.types import AttentionMetadata
-from server.adapters.layer import AdapterOps, StepState
+from server.adapters.layer import StepState
 from server.adapters.plan import SlotCheck, segments_of
 from server.engine.batch import Batch, ScheduledRequest, StepResult
 from server.engine.messages import TokenLogprobs
-from server.model.attention import AttentionContext, AttentionOps
-from server.model.kv import KVCache
-from server.model.loader import LoadedBase
+from server.model.forward import Forward, StepInputs
 from server.model.logprobs import RowLogprobs, row_logprobs
 from server.model.sampler import Sampler
-
-
-class KernelOps(AdapterOps, AttentionOps, Protocol):
-    """A kernel backend: all that a runner needs of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +39,26 @@ class _StepLogprobs:
 class ModelRunner:
     """Runs steps of one base on one device. One thread calls it, and collects a step before the next.
 
-    base: loaded and adapted (surgery.adapt) with this `step`. The runner sets the fields of `step` that
-    change, before each forward pass; its rows are bounded by `max_rows`.
+    `forward` reads `step`, whose fields that change the runner sets before each forward pass. A step has at
+    most `max_rows` rows.
     """
 
     def __init__(
         self,
-        base: LoadedBase,
-        kv: KVCache,
+        forward: Forward,
         step: StepState,
-        ops: KernelOps,
         *,
+        eos_token_ids: Sequence[int],
+        block_size: int,
         max_rows: int,
+        device: torch.device,
         holds: SlotCheck | None = None,
     ) -> None:
-        self._model = base.model
+        self._forward = forward
         self._step = step
-        self._context = AttentionContext(step, kv, ops)
-        self._sampler = Sampler(base.eos_token_ids)
-        self._inputs = _InputBuffers(max_rows, base.device)
-        self._block_size = kv.block_size
+        self._sampler = Sampler(eos_token_ids)
+        self._inputs = _InputBuffers(max_rows, device)
+        self._block_size = block_size
         self._holds = holds
 
     def dispatch(self, batch: Batch) -> StepHandle:
@@ -101,15 +94,7 @@ class ModelRunner:
             block_size=self._block_size,
         )
         with torch.inference_mode():
-            out = self._model(
-                input_ids=inputs.ids[None],
-                position_ids=inputs.positions[None],
-                use_cache=False,
-                logits_to_keep=inputs.head_rows,
-                step=self._context,
-            )
-        logits: torch.Tensor = out.logits[0]
-        return logits
+            return self._forward(inputs)
 
 
 def _step_logprobs(batch: Batch, logits: torch.Tensor, tokens: torch.Tensor) -> _StepLogprobs | None:
@@ -145,17 +130,6 @@ def _take_logprobs(step: _StepLogprobs, result: StepResult) -> None:
         result.prompt_logprobs[item.request.request_id] = list(islice(found, len(item.logprob_positions)))
 
 
-@dataclass(frozen=True, slots=True)
-class _StepInputs:
-    """Views of the persistent buffers, as long as the step; int64 all."""
-
-    ids: torch.Tensor  # [rows]
-    positions: torch.Tensor  # [rows]
-    kv_slots: torch.Tensor  # [rows]
-    rope_lengths: torch.Tensor  # [rows]
-    head_rows: torch.Tensor  # [S + P]: sampled rows, then those that give prompt logprobs
-
-
 class _InputBuffers:
     """The step's arrays at fixed device addresses: one copy a step, and what a captured graph will read."""
 
@@ -163,7 +137,7 @@ class _InputBuffers:
         self._host = torch.zeros(5, max_rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = self._host if device.type == "cpu" else self._host.to(device)
 
-    def fill(self, batch: Batch) -> _StepInputs:
+    def fill(self, batch: Batch) -> StepInputs:
         arrays = (batch.ids, batch.positions, batch.kv_slots, batch.rope_lengths, batch.head_rows)
         host = self._host.numpy()
         assert batch.num_rows <= host.shape[1], f"{batch.num_rows} rows in buffers of {host.shape[1]}"
@@ -171,4 +145,4 @@ class _InputBuffers:
             host[line, : len(array)] = array
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
-        return _StepInputs(*(self._device[line, : len(array)] for line, array in enumerate(arrays)))
+        return StepInputs(*(self._device[line, : len(array)] for line, array in enumerate(arrays)))

@@ -24,7 +24,7 @@ class Pieces:
         self._tokenizer = tokenizer
         decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else None
         steps = _steps(decoder)
-        self._byte_of = _byte_of_char() if "ByteLevel" in steps else {}
+        self._byte_of = byte_of_char() if "ByteLevel" in steps else {}
         self._has_mark = bool(steps & {"Metaspace", "Replace", "ByteFallback"})
         self._is_plain = decoder is None
         added = tokenizer.get_added_tokens_decoder()
@@ -68,7 +68,7 @@ def _steps(decoder: dict[str, Any] | None) -> set[str]:
     return {decoder["type"]}.union(*(_steps(part) for part in decoder.get("decoders", ())))
 
 
-def _byte_of_char() -> dict[str, bytes]:
+def byte_of_char() -> dict[str, bytes]:
     """ByteLevel's alphabet (GPT-2's): a printable byte is its own character, the others follow from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]

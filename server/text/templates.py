@@ -27,8 +27,10 @@ _RENDER_ERRORS = (
     LookupError,
     AttributeError,
     ArithmeticError,
-    RecursionError,
+    RuntimeError,
 )
+_COMPILE_ERRORS = (*_RENDER_ERRORS, SyntaxError)  # of the Python that jinja2 makes: blocks nested too deeply
+_MAX_WORDS = 1000  # characters of a template's own words
 _PROBE = "probe-of-content-forms"
 _END_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # marks where the final message ends in the rendering; cut off there
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # one thing under three names
@@ -55,8 +57,8 @@ class ChatTemplate:
         self._reads_content = "content" in source
         try:
             self._template = _environment().from_string(source)
-        except TemplateError as error:
-            raise ChatTemplateError(f"the chat template does not compile: {error}") from error
+        except _COMPILE_ERRORS as error:
+            raise ChatTemplateError(f"the chat template does not compile: {_words_of(error)}") from error
         text = self._probe(_PROBE)
         parts = self._probe([{"type": "text", "text": _PROBE}])
         self.takes_text = _PROBE in text
@@ -82,7 +84,9 @@ class ChatTemplate:
             # one dict, not keywords: a variable may have any name, `self` too
             text = self._template.render({**self._special_tokens, **(variables or {}), **own})
         except _RENDER_ERRORS as error:
-            raise ChatTemplateError(str(error) or type(error).__name__) from error
+            raise ChatTemplateError(_words_of(error)) from error
+        if not text.isascii():
+            _check_unicode(text)
         return text if final is None else _cut_at_end(text, final)
 
     def _mark_end(self, prepared: list[dict[str, Any]]) -> str:
@@ -126,6 +130,18 @@ class ChatTemplate:
             )
         except _RENDER_ERRORS:
             return ""
+
+
+def _words_of(error: Exception) -> str:
+    return str(error)[:_MAX_WORDS] or type(error).__name__
+
+
+def _check_unicode(text: str) -> None:
+    """A template can write a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ChatTemplateError(f"it renders text that is not Unicode: {error.reason}") from None
 
 
 def _cut_at_end(text: str, final: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,18 +11,23 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from adapters_store.chat_template import template_of_config
+from adapters_store.chat_template import AdapterTemplate, named_tokens, template_of_config, token_text
 from adapters_store.sources.folder import TEMPLATE_FILE
 from server.config import available_cpus, default_cache_dir
-from server.errors import BadRequest, ConfigError
+from server.errors import BadRequest, ConfigError, ContextLengthExceeded
+from server.text.bytelevel import ByteLevelDetokenizer, byte_tables
 from server.text.convert import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, ensure_tokenizer, read_json_object
 from server.text.detokenizer import Detokenizer
+from server.text.output import AnyDetokenizer
 from server.text.pieces import Pieces
+from server.text.render_worker import RenderJob
+from server.text.renderer import TemplateRenderer, TextTooLong
 from server.text.templates import OWN_VARIABLES, ChatTemplate, ChatTemplateError, Message
 
 MAX_INLINE_CHARS = 1024  # longer texts encode in a thread; so many take about a millisecond
-MAX_TEMPLATES = 64  # adapters' own, kept compiled
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_INLINE_CHAT_CHARS = 1 << 16  # longer chats render in a thread
+MESSAGE_CHARS = 128  # what a message costs beside its text, in characters
+MAX_RENDERED_CHARS = 8 << 20
 
 
 class BaseTokenizer:
@@ -47,18 +51,18 @@ class BaseTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config = _read_config(folder)
-        self.special_tokens = _add_tokens(self._tokenizer, config)  # e.g. {"bos_token": "<s>"}, for templates
+        try:
+            self.special_tokens = _add_tokens(self._tokenizer, config)  # e.g. {"bos_token": "<s>"}, for templates
+        except ValueError as error:
+            raise ConfigError(f"{folder / TOKENIZER_CONFIG_FILE}: {error}") from error
         self.num_tokens: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_token_chars = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
         self._run_ids = _run_ids(self._tokenizer)
+        self._byte_tables = byte_tables(self._tokenizer)
         self.pieces = Pieces(self._tokenizer)
-        try:
-            source = _template_source(folder, config)
-            self.chat_template = None if source is None else ChatTemplate(source, self.special_tokens)
-        except (ChatTemplateError, ValueError) as error:
-            raise ConfigError(f"{folder}: {error}") from error
+        self.chat_template = _base_template(folder, config, self.special_tokens)
         self._threads = ThreadPoolExecutor(available_cpus(), thread_name_prefix="tokenizer")
-        self._adapter_templates: OrderedDict[str, ChatTemplate] = OrderedDict()  # by source, most recently used last
+        self._renderer = TemplateRenderer()
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`; special tokens written in the text become their ids."""
@@ -81,13 +85,15 @@ class BaseTokenizer:
         add_generation_prompt: bool,
         add_special_tokens: bool,
         continue_final_message: bool = False,
-        template: str | None = None,
+        template: AdapterTemplate | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        max_chars: int = MAX_RENDERED_CHARS,
     ) -> list[int]:
         """Token ids of a chat. Raises BadRequest in the template's words when it refuses the messages.
 
-        template: the source of an adapter's own template, in place of the base's; rendered off the event
-        loop. kwargs: extra variables of the template (chat_template_kwargs).
+        template: an adapter's own, in place of the base's; rendered in a process of its own, see renderer.py
+        for the errors. kwargs: extra variables of the template (chat_template_kwargs). max_chars: of the
+        rendered text, which is refused with ContextLengthExceeded when it is longer.
         """
         if taken := sorted(OWN_VARIABLES.intersection(kwargs or ())):
             raise BadRequest(f"'chat_template_kwargs' may not set {taken[0]!r}", param="chat_template_kwargs")
@@ -96,47 +102,66 @@ class BaseTokenizer:
                 "'continue_final_message' goes with 'add_generation_prompt' false: the final message is not over",
                 param="continue_final_message",
             )
-        chosen = self.chat_template if template is None else await self._adapter_template(template)
-        if chosen is None:
-            raise BadRequest("The base model has no chat template: use /v1/completions", param="messages")
-
-        def render() -> str:
-            return chosen.render(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                variables=kwargs,
-            )
-
+        job = RenderJob(
+            source="" if template is None else template.source,
+            special_tokens=self._tokens_of(template),
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=dict(kwargs or {}),
+            max_chars=min(max_chars, MAX_RENDERED_CHARS),
+        )
         try:
-            text = render() if template is None else await asyncio.to_thread(render)
+            if template is None:
+                text = await self._render_base(job)
+            else:
+                text = await self._renderer.render(template.adapter, template.where, job)
         except ChatTemplateError as error:
             raise BadRequest(f"The chat template refuses these messages: {error}", param="messages") from error
+        except TextTooLong as error:
+            raise ContextLengthExceeded(
+                f"The chat template makes {error.num_chars} characters of these messages, above the "
+                f"{job.max_chars} that this server tokenizes. Please reduce the length of the messages.",
+                param="messages",
+            ) from None
         return await self.encode_async(text, add_special_tokens=add_special_tokens)
 
-    async def _adapter_template(self, source: str) -> ChatTemplate:
-        """An adapter's template, compiled once. Raises BadRequest when it does not compile."""
-        compiled = self._adapter_templates.get(source)
-        if compiled is None:
-            try:
-                compiled = await asyncio.to_thread(ChatTemplate, source, self.special_tokens)
-            except ChatTemplateError as error:
-                raise BadRequest(
-                    f"The adapter's own template (chat_template.jinja or tokenizer_config.json): {error}", param="model"
-                ) from error
-            self._adapter_templates[source] = compiled
-            while len(self._adapter_templates) > MAX_TEMPLATES:
-                self._adapter_templates.popitem(last=False)
-        self._adapter_templates.move_to_end(source)
-        return compiled
+    async def _render_base(self, job: RenderJob) -> str:
+        """The base's own template, the operator's, needs no process; a long chat renders off the event loop."""
+        if self.chat_template is None:
+            raise BadRequest("The base model has no chat template: use /v1/completions", param="messages")
+        render = partial(
+            self.chat_template.render,
+            job.messages,
+            add_generation_prompt=job.add_generation_prompt,
+            continue_final_message=job.continue_final_message,
+            variables=job.variables,
+        )
+        if _num_chars(job.messages) <= MAX_INLINE_CHAT_CHARS:
+            text = render()
+        else:
+            text = await asyncio.get_running_loop().run_in_executor(self._threads, render)
+        if len(text) > job.max_chars:
+            raise TextTooLong(len(text))
+        return text
+
+    def _tokens_of(self, template: AdapterTemplate | None) -> dict[str, str]:
+        """What the template sees: an adapter whose tokenizer_config.json names tokens has only those."""
+        return dict(template.special_tokens) if template and template.special_tokens else self.special_tokens
+
+    async def close(self) -> None:
+        """End the process that renders adapters' templates."""
+        await self._renderer.close()
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+    def detokenizer(self, context: Sequence[int] = (), *, skip_special_tokens: bool = True) -> AnyDetokenizer:
         """A fresh incremental decoder; `context` are the prompt's ids where the output continues its text."""
+        if self._byte_tables:
+            return ByteLevelDetokenizer(self._byte_tables[skip_special_tokens])
         return Detokenizer(self._tokenizer, self._run_ids, context, skip_special_tokens=skip_special_tokens)
 
 
@@ -157,10 +182,10 @@ def _add_tokens(tokenizer: Tokenizer, config: dict[str, Any]) -> dict[str, str]:
     known = {str(token.content): token for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_tokens([token for _, token in declared if repr(token) != repr(known.get(token.content))])
     known.update({token.content: token for _, token in declared})
-    named, extra = _named_tokens(config)
+    named, extra = named_tokens(config)
     special = [_special(value, known) for value in [*named.values(), *extra]]
     tokenizer.add_special_tokens(special)
-    return {name: _content(value) for name, value in named.items()}
+    return {name: token_text(value) for name, value in named.items()}
 
 
 def _declared(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -168,29 +193,11 @@ def _declared(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return list(decoder.items())
 
 
-def _named_tokens(config: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """The tokens with a name that templates see (bos_token, ..., and a model's own *_token), and the nameless."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    named = {name: config[name] for name in _NAMED_TOKENS if config.get(name) is not None}
-    own = {
-        name: value
-        for name, value in config.items()
-        if name.endswith("_token") and name not in named and isinstance(value, str | dict)
-    }
-    if isinstance(extra, dict):
-        return {**named, **own, **extra}, []
-    return {**named, **own}, list(extra)
-
-
 def _special(value: str | dict[str, Any], known: dict[str, AddedToken]) -> AddedToken:
-    content = _content(value)
+    content = token_text(value)
     if content in known:
         return known[content]
     return _added_token(value) if isinstance(value, dict) else AddedToken(value, special=True, normalized=False)
-
-
-def _content(value: str | dict[str, Any]) -> str:
-    return str(value["content"]) if isinstance(value, dict) else value
 
 
 def _added_token(fields: dict[str, Any]) -> AddedToken:
@@ -209,7 +216,25 @@ def _run_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(run_ids | {index for index in range(max(texts, default=0)) if index not in texts})
 
 
-def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else the config's (of several named ones, "default"); None without any."""
+def _base_template(folder: Path, config: dict[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """From chat_template.jinja, else the config (of several named ones, "default"); None without any.
+
+    Raises ConfigError, which names the file.
+    """
     path = folder / TEMPLATE_FILE
-    return path.read_text(encoding="utf-8") if path.is_file() else template_of_config(config)
+    try:
+        if path.is_file():
+            source: str | None = path.read_text(encoding="utf-8")
+        else:
+            path = folder / TOKENIZER_CONFIG_FILE
+            source = template_of_config(config)
+        return None if source is None else ChatTemplate(source, special_tokens)
+    except (ChatTemplateError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _num_chars(messages: Sequence[Message]) -> int:
+    """About what rendering costs, in characters of text."""
+    contents = (message.get("content") or "" for message in messages)
+    texts = (content if isinstance(content, str) else "".join(part["text"] for part in content) for content in contents)
+    return sum(MESSAGE_CHARS + len(text) for text in texts)

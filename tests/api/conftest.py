@@ -21,6 +21,7 @@ from adapters_store.catalog import Catalog
 from adapters_store.sources.local import LocalSource
 from adapters_store.sources.named import NamedSource
 from server.api.app import create_app
+from server.api.protocol import OneAtATimeProtocol
 from server.api.service import ApiLimits, ServerState
 from server.engine.messages import AddRequest
 from server.text.tokenizer import BaseTokenizer
@@ -147,7 +148,9 @@ async def serve(tokenizer, adapters_dir, **options) -> AsyncIterator[Served]:
         base_names=(BASE, "base-alias"),
         **options,
     )
-    config = uvicorn.Config(create_app(state), host="127.0.0.1", port=0, log_level="warning", lifespan="on")
+    config = uvicorn.Config(
+        create_app(state), host="127.0.0.1", port=0, log_level="warning", lifespan="on", http=OneAtATimeProtocol
+    )
     server = _Server(config)
     task = asyncio.create_task(server.serve())
     while not server.started:
@@ -178,12 +181,12 @@ async def guarded(tokenizer, adapters_dir) -> AsyncIterator[Served]:
 
 @pytest.fixture
 def served_in_thread(tokenizer, adapters_dir) -> Iterator[Served]:
-    """The same in a thread with its own event loop, for synchronous clients."""
+    """The same in a thread with its own event loop, for synchronous clients, who may load and unload adapters."""
     started: queue.Queue[Served] = queue.Queue()
     stop: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def run() -> None:
-        async with serve(tokenizer, adapters_dir) as server:
+        async with serve(tokenizer, adapters_dir, may_load_adapters=True) as server:
             stop.append((asyncio.get_running_loop(), asyncio.Event()))
             started.put(server)
             await stop[0][1].wait()

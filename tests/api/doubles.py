@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from adapters_store.histogram import Counts
 from adapters_store.ref import AdapterRef, SourceVersion
 from adapters_store.store import StoreTier
 from server.engine.messages import (
@@ -27,7 +28,9 @@ from server.engine.messages import (
     TokenLogprobs,
 )
 from server.engine.residents import Residents
-from server.engine.streams import Streams
+from server.engine.streams import Streams, Taker
+
+COMPILED = Counts((0, 0, 0, 0, 0, 0, 0, 1, 0, 0), 1.5)  # seconds of one compile
 
 
 @dataclass
@@ -59,6 +62,7 @@ class ScriptedEngine:
     failed_keys: list[str] = field(default_factory=list)
     last_stats: StepStats = field(default_factory=StepStats)
     silent_s: float = 0.0
+    stuck_s: float = 0.0
     residents: Residents = field(default_factory=Residents)
     pinned: list[str] = field(default_factory=list)  # image keys, in the order of the messages
     dropped: list[str] = field(default_factory=list)
@@ -90,6 +94,9 @@ class ScriptedEngine:
     def generate(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         self._streams.check()
         return self._streams.stream(request)
+
+    def divert(self, request_id: str, take: Taker) -> None:
+        self._streams.divert(request_id, take)
 
     def abort(self, request_id: str) -> None:
         self._streams.abort(request_id)
@@ -161,7 +168,8 @@ class ScriptedEngine:
         if len(ids) > request.params.max_tokens:
             ids, reason = ids[: request.params.max_tokens], "length"
         is_whole = script.error is None and not script.hangs
-        for start in range(0, len(ids), script.tokens_per_event):
+        starts = range(0, len(ids), script.tokens_per_event) if request.params.max_tokens else [0]
+        for start in starts:
             await asyncio.sleep(script.delay_s)
             piece = ids[start : start + script.tokens_per_event]
             is_last = is_whole and start + script.tokens_per_event >= len(ids)
@@ -234,7 +242,7 @@ class ScriptedStore:
         self.leases[ref.image_key] -= 1
 
     def tier(self) -> StoreTier:
-        return StoreTier(len(self.on_disk), 1000 * len(self.on_disk), 2, len(self.ensured), {"compile": 1.5})
+        return StoreTier(len(self.on_disk), 1000 * len(self.on_disk), 2, len(self.ensured), {"compile": COMPILED}, 6)
 
     def discard(self, ref: AdapterRef) -> None:
         self.discarded.append(ref.image_key)

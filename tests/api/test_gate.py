@@ -8,6 +8,7 @@ import logging
 
 import pytest
 
+from adapters_store.errors import AdapterUnsupported
 from server.api.service import ApiLimits
 from server.engine.messages import StepStats
 from tests.api.conftest import ANSWER, BASE, serve
@@ -129,6 +130,85 @@ async def test_more_than_may_wait_get_429(tokenizer, adapters_dir):
         server.assert_quiet()
 
 
+@pytest.mark.parametrize("fields", [{"n": 4}, {"prompt": ["x", "y"], "n": 2}, {"prompt": ["a", "b", "c", "d"]}])
+async def test_each_choice_waits_for_itself(tokenizer, adapters_dir, fields):
+    """Four choices in a request: of ten that may wait two requests are let in, and two of one choice."""
+    body = {"model": BASE, "prompt": "x", **fields}
+    async with serve(tokenizer, adapters_dir, limits=ApiLimits(max_queue_len=10)) as server, server.http() as http:
+        for name in ("", "support-fr"):
+            server.answer("the", adapter=name, hangs=True)
+        inside = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(2)]
+        while len(server.engine.added) < 8:
+            await asyncio.sleep(0.005)
+        refused = await http.post("/v1/completions", json=body)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        single = {"model": BASE, "prompt": "x"}
+        inside += [asyncio.create_task(http.post("/v1/completions", json=single)) for _ in range(2)]
+        while len(server.engine.added) < 10:
+            await asyncio.sleep(0.005)
+        assert (await http.post("/v1/completions", json=single)).status_code == 429
+        assert len(server.engine.added) == 10 and server.state.door.num_coming == 0
+        for task in inside:
+            task.cancel()
+        await asyncio.gather(*inside, return_exceptions=True)
+        while server.engine.num_open or server.state.door.num_inside:
+            await asyncio.sleep(0.005)
+        assert server.state.door.num_coming == 0
+        server.assert_quiet()
+
+
+async def test_choices_count_from_their_arrival_on(tokenizer, adapters_dir):
+    """Also while nothing of them is in the engine: here both prompts wait for the source of the adapters."""
+    async with serve(tokenizer, adapters_dir, limits=ApiLimits(max_queue_len=10)) as server, server.http() as http:
+        resolve, go_on = server.state.catalog.resolve, asyncio.Event()
+
+        async def slow(name):
+            await go_on.wait()
+            return await resolve(name)
+
+        server.state.catalog.resolve = slow
+        first = asyncio.create_task(http.post("/v1/completions", json={"model": "team/sql", "prompt": "x", "n": 8}))
+        while server.state.door.num_coming < 8:
+            await asyncio.sleep(0.005)
+        refused = await http.post("/v1/completions", json={"model": BASE, "prompt": "x", "n": 3})
+        assert refused.status_code == 429 and server.engine.added == []
+        assert (await http.post("/v1/completions", json={"model": BASE, "prompt": "x", "n": 2})).status_code == 200
+        go_on.set()
+        assert (await first).status_code == 200
+        assert server.state.door.num_coming == server.state.door.num_inside == 0
+        server.assert_quiet()
+
+
+async def test_more_choices_than_may_ever_wait_are_a_bad_request(tokenizer, adapters_dir):
+    async with serve(tokenizer, adapters_dir, limits=ApiLimits(max_queue_len=5)) as server, server.http() as http:
+        response = await http.post("/v1/completions", json={"model": BASE, "prompt": ["x", "y"], "n": 3})
+        assert response.status_code == 400 and response.json()["error"]["param"] == "n"
+        assert "6" in response.json()["error"]["message"] and "5" in response.json()["error"]["message"]
+        assert server.engine.added == [] and server.state.door.num_coming == 0
+
+
+async def test_answers_of_a_slow_reader_do_not_wait(tokenizer, adapters_dir):
+    """What the engine has done is in nobody's way, read or not."""
+    async with serve(tokenizer, adapters_dir, limits=ApiLimits(max_queue_len=2)) as server, server.http() as http:
+        ask = {"model": BASE, "prompt": "x", "stream": True, "n": 2}
+        async with http.stream("POST", "/v1/completions", json=ask) as unread:
+            assert unread.status_code == 200
+            while len(server.engine.ended) < 2:
+                await asyncio.sleep(0.005)
+            assert (await http.post("/v1/completions", json={"model": BASE, "prompt": "x"})).status_code == 200
+
+
+async def test_connections_close_while_draining(served):
+    async with served.http() as http:
+        assert "connection" not in (await http.get("/v1/models")).headers
+        served.state.door.close()
+        for path in ("/v1/models", "/health", "/v1/nothing"):
+            assert (await http.get(path)).headers["connection"] == "close", path
+        refused = await http.post("/v1/completions", json={"model": BASE, "prompt": "x"})
+        assert refused.status_code == 503 and refused.headers["connection"] == "close"
+
+
 async def test_cors_is_off_unless_origins_are_given(served, tokenizer, tmp_path):
     asks = {"origin": "https://a.example", "access-control-request-method": "POST"}
     async with served.http() as http:
@@ -184,11 +264,24 @@ async def test_one_line_for_each_request(tokenizer, adapters_dir, lines):
     assert whole["cached_tokens"] == 0 and whole["finish_reason"] == "length"
     assert 0 <= whole["ttft_s"] <= whole["total_s"]
     assert streamed["adapter"] is None and streamed["model"] == BASE and streamed["finish_reason"] == "length"
-    assert missing["status"] == 404 and missing["model"] is None
+    assert missing["status"] == 404 and missing["model"] == "nobody" and missing["adapter"] is None
     assert left["finish_reason"] == "abort"
     assert len(lines) == 4, "probes that succeed are not logged"
     for text in (*secret.split(), *ANSWER.split()):
         assert text not in json.dumps(lines)
+
+
+async def test_the_name_of_a_refused_model_is_bounded_and_one_line(tokenizer, adapters_dir, lines):
+    asked = ["no\x1b[31mbody\r\n", "x" * 5000, "support-fr", None]
+    async with serve(tokenizer, adapters_dir, limits=ApiLimits(has_access_log=True)) as server, server.http() as http:
+        server.store.errors["support-fr"] = AdapterUnsupported("no")
+        for model in asked:
+            await http.post("/v1/completions", json={"model": model, "prompt": "x"})
+    odd, long, refused, missing = (line["model"] for line in lines)
+    assert odd == "no\ufffd[31mbody\ufffd\ufffd"
+    assert long.startswith("x" * 200) and len(long) < 300
+    assert refused == "support-fr" and missing is None
+    assert [line["status"] for line in lines] == [404, 404, 422, 400]
 
 
 async def test_no_line_when_the_log_is_off(served, lines):

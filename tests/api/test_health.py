@@ -29,6 +29,14 @@ async def test_a_silent_engine_is_red_until_it_speaks(served):
     assert set((await statuses(served)).values()) == {(200, "ok")}
 
 
+async def test_an_engine_that_speaks_and_does_not_get_on_is_red(served):
+    served.engine.silent_s = 0.5
+    served.engine.stuck_s = served.state.limits.engine_stall_timeout_s + 1
+    assert set((await statuses(served)).values()) == {(503, "engine_stalled")}
+    served.engine.stuck_s = 0.0
+    assert set((await statuses(served)).values()) == {(200, "ok")}
+
+
 async def test_draining_is_healthy_and_not_ready(served):
     served.state.door.close()
     seen = await statuses(served)

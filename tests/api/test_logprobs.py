@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
+import msgspec
 import pytest
 
+from server.api.choices import MAX_TOKENS_ON_LOOP
+from server.api.logprobs import LogprobsFormat
+from server.engine.messages import RequestError
+from server.text.output import OutputText
 from tests.api.conftest import ANSWER, BASE
 from tests.api.doubles import scores
+from tests.api.test_adapters import until
 from tests.api.test_choices import events_of
+from tests.api.test_disconnect import gone, send
 
 CHAT = [{"role": "user", "content": "the lazy dog"}]
 
@@ -115,6 +125,7 @@ async def test_prompt_logprobs(served):
             for token_id, entry in told.items():
                 assert entry["decoded_token"] == served.tokenizer.pieces.text_of(int(token_id))
     assert "prompt_logprobs" not in answer
+    assert [request.params.prompt_logprobs for request in served.engine.added] == [2, None]
     chat = await post(served, "/v1/chat/completions", messages=CHAT, prompt_logprobs=0)
     assert len(chat["prompt_logprobs"]) == len(served.engine.added[-1].prompt_ids)
     assert "prompt_logprobs" not in chat["choices"][0]
@@ -168,9 +179,116 @@ async def test_an_echo_alone(served, stream):
     assert "".join(choice["text"] for choice in choices) == prompt
     assert choices[-1]["finish_reason"] == "length"
     sent = served.engine.added[0]
-    assert sent.params.max_tokens == 1
+    assert sent.params.max_tokens == 0
     assert [len(c["logprobs"]["tokens"]) for c in choices if c["logprobs"]] == [len(sent.prompt_ids)]
     usage = (answer[-1] if stream else answer)["usage"]
     assert usage["completion_tokens"] == 0
     assert usage["total_tokens"] == usage["prompt_tokens"] == len(sent.prompt_ids)
     served.assert_quiet()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", [BASE, "support-fr"])
+async def test_a_prompts_logprobs_are_computed_once_for_all_its_choices(served, stream, model):
+    """The first choice of each prompt asks for them; the others wait until the engine has given them."""
+    prompts, n = ["ein 日本 Wörterbuch", "the lazy"], 3
+    for index in range(len(prompts) * n):
+        served.answer(f"dog {index}", choice=index, delay_s=0.01 if index % n == 0 else 0)
+    body = {"model": model, "prompt": prompts, "n": n, "echo": True, "logprobs": 1, "stream": stream}
+    answer = await post(served, "/v1/completions", **body)
+    choices = [choice for chunk in answer for choice in chunk["choices"]] if stream else answer["choices"]
+    sent = served.engine.added
+    assert [request.request_id[-2:] for request in sent[:2]] == ["-0", "-3"]
+    assert [request.params.prompt_logprobs for request in sent] == [1, 1, None, None, None, None]
+    for index in range(len(prompts) * n):
+        own = [choice for choice in choices if choice["index"] == index]
+        prompt_ids = sent[index // n].prompt_ids
+        assert "".join(choice["text"] for choice in own) == prompts[index // n] + f"dog {index}"
+        told = [value for choice in own for value in (choice["logprobs"] or {"token_logprobs": []})["token_logprobs"]]
+        assert told[: len(prompt_ids)] == [None, *(row.logprob for row in scores(prompt_ids[1:], 1))]
+        offsets = [value for choice in own for value in (choice["logprobs"] or {"text_offset": []})["text_offset"]]
+        assert offsets == sorted(offsets) and offsets[len(prompt_ids)] == len(prompts[index // n])
+    served.assert_quiet()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_waits_for_a_prompts_logprobs_ends_with_the_one_that_has_them_computed(served, stream):
+    served.answer("", finish_reason="error", error=RequestError(503, "engine_broke", "It broke."), delay_s=0.01)
+    body = {"model": "support-fr", "prompt": "x", "n": 4, "echo": True, "logprobs": 0, "stream": stream}
+    async with served.http() as http:
+        response = await http.post("/v1/completions", json=body)
+    assert response.json()["error"]["code"] == "engine_broke"
+    assert len(served.engine.added) == 1
+    served.assert_quiet()
+
+
+async def test_a_client_that_leaves_while_choices_wait_for_the_logprobs(served):
+    served.answer("", finish_reason="length", hangs=True)
+    _, writer = await send(served, {"model": "support-fr", "prompt": "x", "n": 4, "echo": True, "logprobs": 0})
+    await until(lambda: served.engine.added)
+    await gone(writer)
+    await until(lambda: served.engine.ended)
+    await until(lambda: not +served.store.leases)
+    assert len(served.engine.added) == 1
+    served.assert_quiet()
+
+
+def with_context(served, num_tokens: int) -> None:
+    served.engine.ready = msgspec.structs.replace(served.engine.ready, max_model_len=num_tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_long_prompts_logprobs_are_written_off_the_event_loop(served, stream, monkeypatch):
+    """And say the same as where every slice of them is short."""
+    with_context(served, 2000)
+    served.answer(ANSWER, tokens_per_event=100)
+    prompt = [4 + index % 250 for index in range(1000)]
+    body = {"prompt": prompt, "echo": True, "logprobs": 3, "max_tokens": 100, "stream": stream}
+    if not stream:
+        body["prompt_logprobs"] = 2
+    threads = []
+    for module, name in ((LogprobsFormat, "_write"), (OutputText, "feed")):
+        monkeypatch.setattr(module, name, recording(getattr(module, name), threads))
+    answer = await post(served, "/v1/completions", **body)
+    on_loop = [count for thread, count in threads if thread is threading.main_thread()]
+    assert max(on_loop, default=0) <= MAX_TOKENS_ON_LOOP
+    assert len(prompt) in [count for thread, count in threads if thread is not threading.main_thread()]
+
+    monkeypatch.setattr("server.api.logprobs.SLICE", 10**6)
+    monkeypatch.setattr("server.api.choices.MAX_TOKENS_ON_LOOP", 10**6)
+    whole = await post(served, "/v1/completions", **body)
+    chunks = zip(answer, whole, strict=True) if stream else [(answer, whole)]
+    for got, expected in chunks:
+        assert got["choices"] == expected["choices"]
+    assert max(count for thread, count in threads if thread is threading.main_thread()) >= len(prompt)
+
+
+def recording(function, calls: list) -> Callable:
+    """`function`, a method, that writes down in which thread it had how many tokens."""
+
+    def record(self, values, *rest):
+        calls.append((threading.current_thread(), len(values)))
+        return function(self, values, *rest)
+
+    return record
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_alone_may_fill_the_context(served, stream):
+    """There is no output that would need room."""
+    body = {"echo": True, "logprobs": 0, "max_tokens": 0, "stream": stream}
+    room = served.engine.max_model_len
+    answer = await post(served, "/v1/completions", prompt=[65] * room, **body)
+    choices = [chunk["choices"][0] for chunk in answer] if stream else answer["choices"]
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices if choice["logprobs"]) == room
+    kept = await post(served, "/v1/completions", prompt=[65] * (2 * room), truncate_prompt_tokens=-1, **body)
+    assert kept
+    assert [len(request.prompt_ids) for request in served.engine.added] == [room, room]
+    async with served.http() as http:
+        for prompt, num_tokens in (([65] * (room + 1), 0), ([65] * room, 1), ([65] * room, None)):
+            response = await http.post(
+                "/v1/completions", json={"model": BASE, "prompt": prompt, **body, "max_tokens": num_tokens}
+            )
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+            assert error["param"] == "prompt"

@@ -82,6 +82,8 @@ async def test_metrics_of_the_engine(served):
         "vllm:gpu_cache_usage_perc": 0.25,
         "vllm:prefix_cache_queries_total": 100,
         "vllm:prefix_cache_hits_total": 40,
+        "vllm:gpu_prefix_cache_queries_total": 100,
+        "vllm:gpu_prefix_cache_hits_total": 40,
         "vllm:num_preemptions_total": 5,
         "multilora_step_rows": 17,
         "multilora_step_adapter_rows": 9,
@@ -98,6 +100,9 @@ async def test_metrics_of_the_engine(served):
 
 async def test_metrics_of_the_tiers(served):
     await served.client().completions.create(model="support-fr", prompt="x", max_tokens=1)
+    loads = StepTally()
+    loads.load({"host": 0.375, "device": 0.25})
+    loads.load({"host": 0.125})
     served.engine.last_stats = StepStats(
         resident_adapters=3,
         adapter_bytes_used=12345,
@@ -105,15 +110,25 @@ async def test_metrics_of_the_tiers(served):
         host_images=5,
         host_bytes_used=777,
         host_evictions=6,
-        load_seconds={"host": 0.5, "device": 0.25},
+        load_seconds=loads.load_seconds,
     )
     samples = await scrape(served)
     assert by_label(samples, "multilora_tier_adapters", "tier") == {"disk": 1, "host": 5, "device": 3}
     assert by_label(samples, "multilora_tier_bytes", "tier") == {"disk": 1000, "host": 777, "device": 12345}
     assert by_label(samples, "multilora_tier_evictions_total", "tier") == {"disk": 2, "host": 6, "device": 4}
-    seconds = by_label(samples, "multilora_adapter_load_seconds_total", "phase")
-    assert seconds == {"compile": 1.5, "host": 0.5, "device": 0.25}
+    sums = samples["multilora_adapter_load_seconds_sum"].items()
+    seconds = {(dict(key)["tier"], dict(key)["phase"]): value for key, value in sums}
+    assert seconds == {("disk", "compile"): 1.5, ("device", "host"): 0.5, ("device", "device"): 0.25}
+    counts = by_label(samples, "multilora_adapter_load_seconds_count", "phase")
+    assert counts == {"compile": 1, "host": 2, "device": 1}
+    host = {
+        dict(key)["le"]: value
+        for key, value in samples["multilora_adapter_load_seconds_bucket"].items()
+        if dict(key)["phase"] == "host"
+    }
+    assert (host["0.1"], host["0.5"], host["+Inf"]) == (0, 2, 2)
     assert only(samples, "multilora_adapter_compiles_total") == 1
+    assert only(samples, "multilora_adapter_disk_hits_total") == 6
 
 
 async def test_histograms_of_steps(served):
@@ -157,6 +172,53 @@ async def test_times_of_a_request_add_up(served):
     assert only(samples, "vllm:request_prompt_tokens_sum") == answer.usage.prompt_tokens
     assert only(samples, "vllm:request_generation_tokens_sum") == num_output
     assert only(samples, "vllm:request_params_max_tokens_sum") == 100
+    for part in ("bucket", "count", "sum"):  # the old name shows the same
+        old, new = (samples[f"vllm:{name}_seconds_{part}"] for name in ("time_per_output_token", "inter_token_latency"))
+        assert old == new
+
+
+async def test_a_prompt_with_several_choices_is_counted_once_when_all_have_ended(served):
+    served.answer("the", choice=0)
+    served.answer("the quick brown fox", choice=1)
+    served.answer("a", choice=2)
+    served.answer("x", choice=3)
+    await served.client().completions.create(model=BASE, prompt=["the quick", "a"], n=2, max_tokens=100)
+    lengths = [len(served.choices[index].token_ids) for index in range(4)]
+    samples = await scrape(served)
+    assert only(samples, "vllm:request_params_n_count") == 2 and only(samples, "vllm:request_params_n_sum") == 4
+    assert only(samples, "vllm:request_max_num_generation_tokens_count") == 2
+    assert only(samples, "vllm:request_max_num_generation_tokens_sum") <= max(lengths[:2]) + max(lengths[2:])
+    assert only(samples, "vllm:request_max_num_generation_tokens_sum") > max(lengths)
+
+
+async def test_http_requests_by_route(served):
+    """The labels are the route's template, a known method and the status' class, whatever clients send."""
+    async with served.http() as http:
+        for path in ("/v1/models/support-fr", "/v1/models/team/sql", "/v1/models/nobody", "/wp-admin/7", "/wp-admin/8"):
+            await http.get(path)
+        await http.request("PROPFIND", "/v1/models")
+        await http.post("/v1/completions", json={"model": BASE, "prompt": "x"})
+        await http.post("/v1/completions", json={})
+        served.state.door.close()
+        await http.post("/v1/completions", json={"model": BASE, "prompt": "x"})  # refused before the router
+    samples = await scrape(served)
+    total = {
+        tuple(dict(key)[label] for label in ("method", "handler", "status")): value
+        for key, value in samples["http_requests_total"].items()
+    }
+    assert total == {
+        ("GET", "/v1/models/{model}", "2xx"): 2,
+        ("GET", "/v1/models/{model}", "4xx"): 1,
+        ("GET", "none", "4xx"): 2,
+        ("other", "/v1/models", "4xx"): 1,
+        ("POST", "/v1/completions", "2xx"): 1,
+        ("POST", "/v1/completions", "4xx"): 1,
+        ("POST", "/v1/completions", "5xx"): 1,
+    }
+    counts = samples["http_request_duration_seconds_count"]
+    durations = {(dict(key)["method"], dict(key)["handler"]): value for key, value in counts.items()}
+    assert durations[("POST", "/v1/completions")] == 3
+    assert sum(durations.values()) == sum(total.values())
 
 
 async def test_one_series_of_lora_info_from_the_first_scrape_on(served):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
 
 from server.api.app import create_app
 from server.api.openapi import OPERATIONS, document, served_operations
@@ -26,7 +23,7 @@ async def spec(served):
 
 def routes_of(served) -> list:
     """The routes of an app like the one that is served, below its middleware."""
-    app = create_app(replace(served.state, registry=CollectorRegistry()))
+    app = create_app(served.state)
     while not isinstance(app, FastAPI):
         app = app._app
     return app.routes

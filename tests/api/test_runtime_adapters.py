@@ -292,19 +292,23 @@ async def test_the_key_is_asked_for(tokenizer, adapters_dir):
 
 
 async def test_the_listing_tells_the_tiers(served):
-    """Source, disk, device, each as the adapter moves on."""
+    """Source, disk, host memory, device, each as the adapter moves on."""
     before = (await listed(served))["team/sql"]
     version = await served.state.catalog.resolve("team/sql")
     assert before["version"] == version.key
     assert before["source"] == {"bytes": 10}
     assert before["disk"] == {"state": "absent"}
+    assert before["host"] == {"state": "absent"}
     assert before["device"] == {"state": "absent", "pinned": False}
     assert (before["image_key"], before["rank"], before["bytes"], before["last_used"]) == (None,) * 4
     await load(served, "team/sql", "team/sql")
     on_disk = (await listed(served))["team/sql"]
     assert on_disk["disk"] == {"state": "compiled"}
     assert (on_disk["image_key"], on_disk["rank"], on_disk["bytes"]) == ("image-of-team/sql", 8, 1)
-    assert on_disk["device"]["state"] == "absent"
+    assert on_disk["device"]["state"] == on_disk["host"]["state"] == "absent"
+    served.engine.residents.apply([SlotChange("image-of-team/sql", "hosted")])
+    hosted = (await listed(served))["team/sql"]
+    assert (hosted["host"]["state"], hosted["device"]["state"]) == ("held", "absent")
     served.engine.residents.apply([SlotChange("image-of-team/sql", "ready")])
     assert (await listed(served))["team/sql"]["device"]["state"] == "resident"
     served.engine.residents.apply([SlotChange("image-of-team/sql", "gone")])
@@ -378,7 +382,27 @@ async def test_a_broken_template_is_the_adapters_fault(served):
     assert "tokenizer_config.json of adapter support-fr" in response.json()["error"]["message"]
     (served.adapters_dir / "support-fr" / "chat_template.jinja").write_text("{% for %}")
     response = await ask(served, "support-fr")
-    assert response.status_code == 400
-    assert "chat_template.jinja" in response.json()["error"]["message"]
+    assert response.status_code == 422
+    assert "chat_template.jinja of adapter support-fr" in response.json()["error"]["message"]
     assert (await ask(served, BASE)).status_code == 200
     assert served.engine.added[-1].adapter is None
+
+
+async def test_a_template_that_takes_too_much_costs_its_own_request(served):
+    own = "{% if messages[0].content == 'much' %}{{ 'x' * 10 ** 10 }}{% endif %}[{{ messages[0].content }}]"
+    (served.adapters_dir / "support-fr" / "chat_template.jinja").write_text(own)
+    async with served.http() as http:
+        body = {"model": "support-fr", "messages": [{"role": "user", "content": "much"}]}
+        refused = await http.post("/v1/chat/completions", json=body)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (422, "adapter_too_large", "model")
+    assert "chat_template.jinja of adapter support-fr" in error["message"] and "512 MiB" in error["message"]
+    assert (await ask(served, "support-fr")).status_code == 200
+    assert served.engine.added[-1].prompt_ids == served.tokenizer.encode("[fox]", add_special_tokens=False)
+
+
+async def test_a_template_that_makes_too_long_a_text(served):
+    (served.adapters_dir / "support-fr" / "chat_template.jinja").write_text("{{ 'the ' * 10 ** 6 }}")
+    response = await ask(served, "support-fr")
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"

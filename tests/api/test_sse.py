@@ -29,11 +29,12 @@ def chunks(data: bytes) -> list[dict]:
 @pytest.mark.parametrize("has_token_ids", [False, True])
 def test_every_frame_is_json_with_the_same_envelope(is_chat, has_usage, has_token_ids):
     frames = Frames(ENVELOPE, is_chat=is_chat, has_usage=has_usage, has_token_ids=has_token_ids)
-    text = 'quote " back \\ new\nline\x00 🙂 \u2028'
+    text = 'quote " back \\ new\nline\x00 🙂 \x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029'
     deltas = [Delta(text, [3]), Delta("", [4]), Delta("", [], "stop", "END")]
     data = frames.start(0, [1, 2]) + b"".join(frames.part(Part(0, delta)) for delta in deltas)
     data += (frames.usage({"total_tokens": 9}) if has_usage else b"") + DONE
     assert data.endswith(DONE)
+    assert data.decode().splitlines() == data.decode().split("\n")[:-1], "no frame is torn at another line end"
     got = chunks(data)
     for chunk in got:
         assert {key: chunk[key] for key in ENVELOPE} == ENVELOPE

@@ -210,6 +210,16 @@ def _assert_sums(server: TinyServer, reader: Reader, load: Load) -> None:
         assert [value for _, value in reader.series(f"vllm:request_{name}_tokens_sum")] == [total]
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
         assert [value for _, value in reader.series(f"vllm:{name}_count")] == [len(lines)]
+    ((labels, requests),) = [
+        (labels, value)
+        for labels, value in reader.series("http_requests_total")
+        if labels["handler"] == "/v1/completions"
+    ]
+    assert (labels, requests) == ({"handler": "/v1/completions", "method": "POST", "status": "2xx"}, len(lines))
+    for name in ("request_params_n_sum", "request_max_num_generation_tokens_count"):
+        assert [value for _, value in reader.series(f"vllm:{name}")] == [len(lines)]
+    loads = {labels["phase"]: value for labels, value in reader.series("multilora_adapter_load_seconds_count")}
+    assert loads["compile"] == loads["device"] == 3
     ((_, rows),) = reader.series("vllm:iteration_tokens_total_sum")
     ((_, hits),) = reader.series("vllm:prefix_cache_hits_total")
     # every token but each answer's last is a row of some step, unless it was found in the prefix cache

@@ -22,6 +22,7 @@ from tests.store.bases import ALL_LINEAR, SMALL, VOCAB, make_adapter, make_base
 PINNED = ["alias", "one"]
 NAMES = ["one", "two", "three", "four", "five"]
 ARENA = "160KiB"  # three of these images
+HOST = "110KiB"  # two of them
 PROMPT = [5, 6, 7]
 LONG = 600  # tokens: the stream outlives a replacement
 
@@ -57,7 +58,8 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def http(root):
-    flags = ["--adapter-memory", ARENA, "--kv-memory", "64MiB", "--dtype", "float32", "--threads", "1"]
+    memory = ["--adapter-memory", ARENA, "--host-memory", HOST, "--kv-memory", "64MiB"]
+    flags = [*memory, "--dtype", "float32", "--threads", "1"]
     by_hand = ["--pin", "one,alias", "--preload", "two,given", "--lora-modules", f"given={root / 'elsewhere'}"]
     with (
         running_server(root / "base", root / "adapters", root / "cache", *flags, *by_hand, log=root / "log") as server,
@@ -106,6 +108,25 @@ def test_a_pinned_adapter_stays_under_pressure(http):
         assert residents >= {found[name]["image_key"] for name in (*PINNED, name)} and len(residents) <= 3
     assert adapters(http)["five"]["uses"] == 3
     assert ask(http, "one") == answers["one"]
+
+
+def test_the_listing_tells_what_host_memory_has(http):
+    for name in NAMES:
+        ask(http, name)
+    found = adapters(http)
+    held = {entry["image_key"] for entry in found.values() if entry["host"]["state"] == "held"}
+    assert held == {found[name]["image_key"] for name in ("three", "four")}  # the last read: two are pinned
+    samples = http.get("/metrics").text.splitlines()
+    (told,) = [line for line in samples if line.startswith("multilora_tier_adapters{") and 'tier="host"' in line]
+    assert float(told.rsplit(" ", 1)[1]) == 2
+
+
+@pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"origin": "https://evil.example"}])
+def test_a_page_of_another_site_gives_no_names(http, headers):
+    """Loading is on here by loopback alone."""
+    body = {"lora_name": "y", "lora_path": "two"}
+    refused = http.post("/v1/load_lora_adapter", json=body, headers=headers)
+    assert refused.status_code == 403 and "y" not in adapters(http)
 
 
 def test_a_pin_follows_a_link_there_and_back(http, root):

@@ -99,6 +99,11 @@ class Stream:
         assert not is_ended and set(reasons) <= {None}, reasons
         assert token_ids == self.expected[: len(token_ids)]
 
+    def assert_merged(self) -> None:
+        """What the engine did while nobody read waited as one event, not as hundreds."""
+        events = self._body()[0].split(b"\n\n")[:-2]
+        assert max(len(content([event])[0]) for event in events) > 1
+
     def _body(self) -> tuple[bytes, bool]:
         head, _, rest = bytes(self.received).partition(b"\r\n\r\n")
         assert not head or head.startswith(b"HTTP/1.1 200 "), bytes(self.received)
@@ -137,6 +142,10 @@ class Crowd:
         self.stalled = [self._stream(MAX_TOKENS, logprobs=20) for _ in range(NUM_STALLED)]
         self.leaving = [self._stream(MAX_TOKENS) for _ in range(NUM_LEAVING)]
 
+    @property
+    def everyone(self) -> list[Stream]:
+        return self.reading + self.slow + self.stalled + self.leaving
+
     def _stream(self, max_tokens: int, **fields: object) -> Stream:
         model, prompt = self._rng.choice(list(self._answers))
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": True, **GREEDY, **fields}
@@ -145,13 +154,13 @@ class Crowd:
 
     async def open(self) -> None:
         """All of them while the engine stands still: it then has them at once, none has ended before."""
-        num_before = num_files(self.server.pid("api"))
         os.kill(self.server.pid("engine"), signal.SIGSTOP)
         for stream in self.stalled + self.slow:
             await stream.ask(has_small_buffers=True)
         for stream in self.reading + self.leaving:
             await stream.ask(has_small_buffers=False)
-        await until(lambda: num_files(self.server.pid("api")) >= num_before + NUM_STREAMS)
+        clients = {stream.sock.getsockname()[1] for stream in self.everyone}
+        await until(lambda: num_accepted(self.reading[0].port, clients) == NUM_STREAMS)
         for index, stream in enumerate(self.leaving[:NUM_GONE]):
             stream.leave(resets=index % 2 == 0)
         os.kill(self.server.pid("engine"), signal.SIGCONT)
@@ -185,6 +194,13 @@ def num_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def num_accepted(port: int, clients: set[int]) -> int:
+    """Of the connections from the ports `clients` to `port`, those that the server has taken."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ports = [[int(address.rpartition(":")[2], 16) for address in row[1:3]] for row in rows]
+    return sum(own == port and peer in clients and row[9] != "0" for row, (own, peer) in zip(rows, ports, strict=True))
+
+
 async def until(is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not is_so():
@@ -196,6 +212,11 @@ def has_idle_engine(server: TinyServer) -> bool:
     """Nothing runs, waits or holds memory in it."""
     names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
     return not any(server.metric(name) for name in names)
+
+
+def num_rows(server: TinyServer) -> float:
+    """Tokens that the engine has computed, of prompts and answers."""
+    return server.metric("vllm:iteration_tokens_total_sum")
 
 
 def num_wide_steps(server: TinyServer) -> int:
@@ -236,6 +257,7 @@ def test_two_thousand_streams(tmp_path, many_files):
 
 async def _two_thousand_streams(server: TinyServer, answers: dict, ends_before: Counter[str | None]) -> None:
     crowd = Crowd(server, answers)
+    rows_before = num_rows(server)
     await crowd.open()
     await crowd.read_all_but_the_stalled()
     for stream in crowd.reading + crowd.slow:
@@ -245,6 +267,8 @@ async def _two_thousand_streams(server: TinyServer, answers: dict, ends_before: 
 
     # The engine has ended the stalled too, and each of them is held in the API process by its reader alone.
     await until(lambda: has_idle_engine(server))
+    num_wanted = sum(len(stream.expected) for stream in crowd.everyone)  # of each answer, a row gave each token
+    assert num_rows(server) - rows_before <= num_wanted - NUM_LEAVING, "the left ones are to end in the engine"
     await until(lambda: (ends(server) - ends_before).total() == NUM_STREAMS - NUM_STALLED)
     assert (ends(server) - ends_before)["length"] == NUM_READING + NUM_SLOW
     taken = server.metric("vllm:generation_tokens_total") - sum(line["output_tokens"] or 0 for line in lines(server))
@@ -257,9 +281,11 @@ async def _two_thousand_streams(server: TinyServer, answers: dict, ends_before: 
     await asyncio.wait_for(asyncio.gather(*(stream.read() for stream in crowd.stalled[half:])), WAIT_S)
     for stream in crowd.stalled[half:]:
         stream.assert_whole()
+        stream.assert_merged()
     for stream in crowd.reading + crowd.slow + crowd.stalled:
         stream.leave()
     await until(lambda: (ends(server) - ends_before).total() == NUM_STREAMS)
-    # a stalled one that has left counts as what the engine had ended it with, or as an abort
-    assert (ends(server) - ends_before)["length"] >= NUM_READING + NUM_SLOW + NUM_STALLED - half
+    # a stalled one that has left is an abort, though the engine had ended it long before
+    assert (ends(server) - ends_before)["length"] == NUM_READING + NUM_SLOW + NUM_STALLED - half
+    assert (ends(server) - ends_before)["abort"] >= half
     assert set(ends(server)) <= {"length", "abort", None}

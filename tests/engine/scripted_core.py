@@ -35,6 +35,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     silent_steps: int = 0  # steps a request takes before its first token, as prefill chunks do
     fail_at_step: int | None = None  # working step that raises
     hang_at_step: int | None = None  # working step that takes a minute
+    stall_at_step: int | None = None  # working step from which on steps do nothing, until an abort
     is_leaky: bool = False  # check_integrity finds something
 
 
@@ -124,9 +125,10 @@ class ScriptedCore:
 
     def step(self) -> StepOutputs:
         outputs, self._ended = self._ended, []
-        if self._running:
+        is_stalled = self.script.stall_at_step is not None and self.num_steps >= self.script.stall_at_step
+        if self._running and not is_stalled:
             self._work()
-        for running in list(self._running.values()):
+        for running in [] if is_stalled else list(self._running.values()):
             if running.delay:
                 running.delay -= 1
             else:

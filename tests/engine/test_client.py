@@ -262,6 +262,16 @@ async def test_silence_tells_a_stuck_engine_from_an_idle_one():
         assert_dead_engine((await reading)[-1])
 
 
+async def test_an_engine_that_speaks_and_does_no_step_is_stuck():
+    async with serving(stall_at_step=3) as engine:
+        reading = asyncio.create_task(read(engine, make_request("a", max_tokens=FOREVER)))
+        await until(lambda: engine.stuck_s > 2.5 and engine.silent_s < 1)  # it still speaks, once a second
+        assert engine.last_stats.num_running == 1
+        engine.abort("a")
+        assert [o.finish_reason for o in await reading if o.finish_reason] == ["abort"]
+        await until(lambda: engine.stuck_s == 0)
+
+
 async def _impatient(engine: AsyncEngine, request: AddRequest, rng: random.Random) -> list[RequestOutput]:
     """Reads some outputs; then goes on, closes, or asks for an abort and goes on. Returns what it saw."""
     choice = rng.choice(["read", "close", "abort", "abort and close"])

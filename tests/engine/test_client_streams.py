@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -197,3 +198,52 @@ async def test_delivering_many_outputs_lets_the_loop_turn_between_chunks():
     await sent.streams.deliver([token_output(str(i), 1) for i in range(10 * CHUNK)])
     counter.cancel()
     assert 9 <= turns <= 11
+
+
+async def test_diverted_outputs_come_in_order_and_only_while_the_reader_waits():
+    """Random readiness of both sides: what taker and reader got, in the order they got it, is what was sent."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        sent, got, taken = Sent(), [], []
+        stream = await _reading(sent, make_request("a"))
+
+        def take(output: RequestOutput, rng=rng, got=got, taken=taken) -> bool:
+            if rng.random() < 0.5:
+                return False
+            got.extend(output.token_ids)
+            taken.append(output)
+            return True
+
+        async def read(rng=rng, got=got, stream=stream) -> None:
+            async for output in stream:
+                got.extend(output.token_ids)
+                for _ in range(rng.randrange(3)):
+                    await asyncio.sleep(0)
+
+        sent.streams.divert("a", take)
+        reading = asyncio.create_task(read())
+        for i in range(2, 200):
+            await sent.streams.deliver([token_output("a", i)])
+        await sent.streams.deliver([token_output("a", 200, "length")])
+        await asyncio.wait_for(reading, 5)
+        assert got == list(range(2, 201))
+        assert 0 < len(taken) < 198
+        assert not any(output.finish_reason for output in taken), "the end is the reader's"
+
+
+async def test_what_a_taker_raises_is_raised_to_the_reader_of_its_stream_alone():
+    sent = Sent()
+    stream, other = await _reading(sent, make_request("a")), await _reading(sent, make_request("b"))
+
+    def take(output: RequestOutput) -> bool:
+        raise ZeroDivisionError("a defect")
+
+    sent.streams.divert("a", take)
+    readings = [asyncio.ensure_future(anext(stream)), asyncio.ensure_future(anext(other))]
+    await asyncio.sleep(0)
+    await sent.streams.deliver([token_output("a", 2), token_output("b", 3)])
+    failed, read = await asyncio.gather(*readings, return_exceptions=True)
+    assert isinstance(failed, ZeroDivisionError)
+    assert read == token_output("b", 3)
+    assert sent.messages[2:] == [Abort(["a"])]
+    await other.aclose()

@@ -196,7 +196,7 @@ def test_a_request_with_nothing_to_draw_ends_alone(driver: Driver) -> None:
 
 def test_a_prompt_position_that_is_not_finite(driver: Driver) -> None:
     """Logits that overflow at one prompt position end the request, as an error and not as a NaN in an answer."""
-    head = driver.core._runner._model.get_output_embeddings()
+    head = driver.core._runner._forward._model.get_output_embeddings()
     prompt = random_prompts(1, 320, seed=8, lengths=(12, 12))[0]
 
     def overflow(module, args, output):

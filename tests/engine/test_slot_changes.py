@@ -89,6 +89,15 @@ def test_residents():
     assert residents.failure("b") is None
 
 
+def test_residents_of_host_memory_are_told_apart():
+    residents = Residents()
+    residents.apply([SlotChange("a", "hosted"), SlotChange("b", "ready"), SlotChange("c", "hosted")])
+    assert [residents.is_hosted(key) for key in "abc"] == [True, False, True]
+    assert ("a" in residents, "b" in residents) == (False, True)
+    residents.apply([SlotChange("a", "unhosted"), SlotChange("c", "gone")])
+    assert [residents.is_hosted(key) for key in "abc"] == [False, False, True]
+
+
 def test_failures_are_not_remembered_without_end():
     residents = Residents()
     residents.apply(SlotChange(f"k{index}", "failed", "why") for index in range(MAX_FAILURES + 3))

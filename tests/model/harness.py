@@ -17,6 +17,7 @@ from server.adapters.layer import StepState
 from server.engine.batch import Batch, ScheduledRequest
 from server.engine.messages import SamplingParams
 from server.engine.request import Request
+from server.model.forward import forward_of
 from server.model.kv import KVCache
 from server.model.loader import LoadedBase, load_base
 from server.model.manifest import build_manifest
@@ -40,18 +41,31 @@ class Served:
     replacements: list[Replacement]
 
 
-def serve(path: Path, dtype: str = "float32") -> Served:
-    """Load the base at `path`; every KV block but the dummy starts as NaN, as if another request had left it."""
+def serve(path: Path, dtype: str = "float32", *, backend: str = "torch", weights: SlotWeights | None = None) -> Served:
+    """Load the base at `path`; every KV block but the dummy starts as NaN, as if another request had left it.
+
+    Without `weights` there are no adapters.
+    """
     base = load_base(path, dtype)
     manifest = build_manifest(path, dtype)
-    ops = get_backend("torch")
-    table = torch.zeros(2, len(manifest.sites), TABLE_COLUMNS, dtype=torch.int64)
-    step = StepState(weights=SlotWeights(torch.zeros(8, dtype=base.dtype), table), ops=ops)
+    ops = get_backend(backend)
+    if weights is None:
+        table = torch.zeros(2, len(manifest.sites), TABLE_COLUMNS, dtype=torch.int64)
+        weights = SlotWeights(torch.zeros(8, dtype=base.dtype), table)
+    step = StepState(weights=weights, ops=ops)
     replacements = adapt(base.model, manifest, step)
     kv = KVCache(base.kv_shape, NUM_BLOCKS, BLOCK_SIZE, base.dtype, base.device)
     for cache in (*kv.keys, *kv.values):
         cache[1:] = torch.nan
-    runner = ModelRunner(base, kv, step, ops, max_rows=MAX_ROWS)
+    forward = forward_of(base, manifest, step, kv, ops, MAX_ROWS)
+    runner = ModelRunner(
+        forward,
+        step,
+        eos_token_ids=base.eos_token_ids,
+        block_size=BLOCK_SIZE,
+        max_rows=MAX_ROWS,
+        device=base.device,
+    )
     return Served(base, manifest, runner, kv, step, replacements)
 
 

@@ -199,7 +199,7 @@ def test_attention_ignores_nothing(changes, reason: str, tmp_path: Path) -> None
     rows = torch.zeros(1, 4, 2, 16)
     arguments = {"attention_mask": None, "use_cache": False, "position_ids": rows, **changes}
     with pytest.raises(RuntimeError, match=reason):
-        attention(module, rows, rows[:, :2], rows[:, :2], step=served.runner._context, **arguments)
+        attention(module, rows, rows[:, :2], rows[:, :2], step=served.runner._forward._context, **arguments)
 
 
 def test_kv_memory_is_exact_lazy_and_zero() -> None:

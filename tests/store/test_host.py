@@ -140,6 +140,7 @@ def test_the_budget_holds_and_bytes_are_right(tmp_path_factory, steps, budget):
     folder.mkdir(exist_ok=True)
     refs = {key: image(folder, key, 300 * (index + 1)) for index, key in enumerate("abcdef")}
     cache = HostCache(budget)
+    told: set[str] = set()
     for key, is_drop in steps:
         if is_drop:
             cache.drop(key)
@@ -147,3 +148,7 @@ def test_the_budget_holds_and_bytes_are_right(tmp_path_factory, steps, budget):
             assert bytes(cache.get(refs[key])) == contents(refs[key])
         held = [key for key in refs if key in cache]
         assert cache.bytes_used == sum(refs[key].data_bytes for key in held) <= budget
+        for image_key, is_held in cache.take_changes():
+            assert is_held != (image_key in told), "told twice"
+            told = told | {image_key} if is_held else told - {image_key}
+        assert told == set(held)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.tally import ROW_BOUNDS, Histogram, StepTally
+from adapters_store.histogram import Histogram
+from server.engine.tally import ROW_BOUNDS, StepTally
 
 
 @given(st.lists(st.integers(0, 40_000)))
@@ -20,10 +21,18 @@ def test_each_value_is_counted_in_the_bucket_that_bounds_it(values):
     assert histogram.total == sum(values)
 
 
-def test_loads_are_summed_by_phase_and_what_was_given_out_stays():
+def test_loads_are_counted_by_phase_and_what_was_given_out_stays():
     tally = StepTally()
     tally.load({"host": 1.0, "device": 0.5})
     before = tally.load_seconds
+    totals = {phase: times.total for phase, times in before.items()}
+    counts = before["host"].counts
     tally.load({"host": 2.0, "queue": 0.25})
-    assert tally.load_seconds == {"host": 3.0, "device": 0.5, "queue": 0.25}
-    assert before == {"host": 1.0, "device": 0.5}, "stats already sent are not changed"
+    assert {phase: times.total for phase, times in tally.load_seconds.items()} == {
+        "host": 3.0,
+        "device": 0.5,
+        "queue": 0.25,
+    }
+    assert sum(tally.load_seconds["host"].counts) == 2
+    assert {phase: times.total for phase, times in before.items()} == totals, "stats already sent are not changed"
+    assert before["host"].counts == counts

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from server.errors import BadRequest, ConfigError
+from adapters_store.chat_template import AdapterTemplate
+from adapters_store.errors import AdapterInvalid
+from server.errors import BadRequest, ConfigError, ContextLengthExceeded
 from server.text.templates import ChatTemplate, ChatTemplateError
-from server.text.tokenizer import MAX_TEMPLATES, BaseTokenizer
+from server.text.tokenizer import MAX_INLINE_CHAT_CHARS, BaseTokenizer
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML = """{%- for message in messages %}
@@ -115,7 +121,7 @@ def test_reasoning_under_its_three_names(key):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> BaseTokenizer:
+def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tokenizer = Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[])
@@ -123,14 +129,26 @@ def base(tmp_path_factory) -> BaseTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "TokenizersBackend", "chat_template": TRIMMED}
+    config = {"tokenizer_class": "TokenizersBackend", "chat_template": TRIMMED, "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return BaseTokenizer(folder)
+    return folder
 
 
-async def chat(base: BaseTokenizer, messages=None, **options) -> str:
+@pytest.fixture
+async def base(folder) -> AsyncIterator[BaseTokenizer]:
+    tokenizer = BaseTokenizer(folder)
+    yield tokenizer
+    await tokenizer.close()
+
+
+def own(source: str, file: str = "chat_template.jinja", **tokens: str) -> AdapterTemplate:
+    return AdapterTemplate("fr", file, source, tokens)
+
+
+async def chat(base: BaseTokenizer, messages=None, template: str | AdapterTemplate | None = None, **options) -> str:
     options = {"add_generation_prompt": True, "add_special_tokens": False, **options}
-    return base.decode(await base.encode_chat(messages or [TURN[0]], **options))
+    options["template"] = own(template) if isinstance(template, str) else template
+    return base.decode(await base.encode_chat(messages or [TURN[0]], **options), skip_special_tokens=False)
 
 
 async def test_an_adapters_template_in_place_of_the_bases(base):
@@ -160,26 +178,55 @@ async def test_continuing_goes_without_a_generation_prompt(base):
     assert text == "<user>Hi</user>\n<assistant>Hello, I"
 
 
-async def test_a_broken_template_of_an_adapter_is_a_400_that_names_the_files(base):
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+async def test_a_broken_template_of_an_adapter_is_its_fault_and_names_the_file(base, file):
     for _ in range(2):
-        with pytest.raises(BadRequest, match=r"chat_template\.jinja or tokenizer_config\.json.*does not compile"):
-            await chat(base, template="{% for %}")
+        with pytest.raises(AdapterInvalid, match=rf"^{file} of adapter fr: the chat template does not compile"):
+            await chat(base, template=own("{% for %}", file))
     with pytest.raises(BadRequest, match="refuses these messages: nope"):
         await chat(base, template="{{ raise_exception('nope') }}")
     with pytest.raises(BadRequest, match="unsafe"):
         await chat(base, template="{{ ''.__class__.__mro__ }}")
 
 
-async def test_many_adapters_templates_are_not_kept_for_ever(base):
-    for index in range(MAX_TEMPLATES + 10):
-        assert await chat(base, template=f"{index}") == f"{index}"
-    assert len(base._adapter_templates) == MAX_TEMPLATES
-    assert await chat(base, template="0") == "0"
+async def test_an_adapters_own_special_tokens(base):
+    """Those that its tokenizer_config.json names, and then no others; without any, the base's."""
+    template = "{{ bos_token }}|{{ eos_token }}|{{ image_token }}"
+    assert await chat(base, template=own(template)) == "<s>|</s>|"
+    assert await chat(base, template=own(template, eos_token="<end>", image_token="[i]")) == "|<end>|[i]"
+    assert await chat(base, template=own(template)) == "<s>|</s>|"  # one source, two compiled templates
+
+
+@pytest.mark.parametrize("template", [None, "{{ 'x' * 150000 }}", "{% for m in messages %}{{ m.content }}{% endfor %}"])
+async def test_what_no_context_could_hold_is_not_tokenized(base, template):
+    messages = [{"role": "user", "content": "y" * 1000}] * 150
+    with pytest.raises(ContextLengthExceeded, match=r"1\d{5} characters of these messages, above the 149999 "):
+        await chat(base, messages, template=template, max_chars=149_999)
+
+
+async def test_a_long_chat_is_the_same_off_the_loop(base):
+    """The base's template renders in a thread from some length on."""
+    short = [{"role": "user", "content": "y" * 100}]
+    unit = await chat(base, short)
+    messages = short * (MAX_INLINE_CHAT_CHARS // 100)
+    loop_thread, rendered_in = threading.get_ident(), []
+    render = base.chat_template.render
+    base.chat_template.render = lambda *args, **kwargs: (
+        rendered_in.append(threading.get_ident()) or render(*args, **kwargs)
+    )
+    assert await chat(base, messages) == unit * len(messages)
+    assert await chat(base, short) == unit
+    assert [thread == loop_thread for thread in rendered_in] == [False, True]
+
+
+async def test_a_template_cannot_hand_the_tokenizer_half_a_character(base):
+    with pytest.raises(BadRequest, match="not Unicode"):
+        await chat(base, template=r"{{ '\ud800' }}")
 
 
 @pytest.mark.parametrize("template", [7, [{"name": "default"}]])
-def test_a_base_whose_template_is_no_text_is_refused(base, tmp_path, template):
-    base._tokenizer.save(str(tmp_path / "tokenizer.json"))
+def test_a_base_whose_template_is_no_text_is_refused(folder, tmp_path, template):
+    shutil.copy(folder / "tokenizer.json", tmp_path)
     config = {"tokenizer_class": "TokenizersBackend", "chat_template": template}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"chat.template"):

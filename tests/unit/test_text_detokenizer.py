@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from server.text.bytelevel import ByteLevelDetokenizer, byte_tables
 from server.text.detokenizer import NUM_CONTEXT_TOKENS, Detokenizer
 from server.text.output import OutputText, TextOptions
 
@@ -155,3 +158,48 @@ def test_min_tokens_come_before_stop_strings():
 def test_held_text_comes_with_the_end():
     delta = output(["world!"]).feed(LEVEL.encode("hello world").ids, "length")
     assert (delta.text, delta.finish_reason) == ("hello world", "length")
+
+
+def odd_byte_level() -> Tokenizer:
+    """With tokens that no training makes: characters that stand for no byte, added ones, special ones."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<think>", "é", "日本", "a b", "\u0120x"])
+    tokenizer.add_special_tokens(["<s>", "<é>"])
+    return tokenizer
+
+
+ODD = odd_byte_level()
+ODD_TABLES = byte_tables(ODD)
+odd_ids = st.lists(
+    st.one_of(st.integers(0, ODD.get_vocab_size() + 3), st.integers(LEVEL.get_vocab_size(), ODD.get_vocab_size())),
+    max_size=24,
+)
+
+
+@settings(max_examples=400)
+@given(odd_ids, st.lists(st.integers(1, 4), min_size=24, max_size=24), st.booleans())
+def test_the_table_decodes_as_the_tokenizer_does_at_every_length(ids, sizes, skips_special):
+    """For every prefix: what was given out, and the flush, are the decode of the whole."""
+    detokenizer = ByteLevelDetokenizer(ODD_TABLES[skips_special])
+    given_out, start = "", 0
+    for size in sizes:
+        given_out += detokenizer.feed(ids[start : start + size])
+        start += size
+        flushed = copy.copy(detokenizer).flush()
+        assert given_out + flushed == ODD.decode(ids[:start], skip_special_tokens=skips_special)
+    assert given_out + detokenizer.flush() == ODD.decode(ids, skip_special_tokens=skips_special)
+    assert detokenizer.flush() == ""
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=12))
+def test_the_table_never_shows_real_text_broken(text):
+    detokenizer = ByteLevelDetokenizer(ODD_TABLES[True])
+    pieces = [detokenizer.feed([token_id]) for token_id in LEVEL.encode(text).ids]
+    assert "".join(pieces) == text
+    assert detokenizer.flush() == ""
+
+
+def test_only_a_plain_byte_level_decoder_has_tables():
+    assert not byte_tables(FALLBACK)
+    assert set(ODD_TABLES) == {True, False}

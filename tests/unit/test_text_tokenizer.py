@@ -295,14 +295,22 @@ def test_nothing_to_convert(tmp_path):
         ("tokenizer.json", "{", "can't be read"),
         ("tokenizer_config.json", "{", "is not JSON"),
         ("tokenizer_config.json", "[]", "must hold a JSON object"),
+        (
+            "tokenizer_config.json",
+            '{"tokenizer_class": "TokenizersBackend", "chat_template": "{% for %}"}',
+            "not compile",
+        ),
+        ("tokenizer_config.json", '{"tokenizer_class": "TokenizersBackend", "bos_token": {"content": 7}}', "a text"),
         ("chat_template.jinja", "{% for %}", "does not compile"),
+        ("chat_template.jinja", "{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "does not compile"),
     ],
 )
 def test_broken_files(tmp_path, file_name, content, words):
     folder = write_base(tmp_path, "plain")
     (folder / file_name).write_text(content)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as raised:
         BaseTokenizer(folder)
+    assert str(raised.value).startswith(f"{folder / file_name}")
 
 
 def test_the_oracle_reads_what_we_wrote(tmp_path):
