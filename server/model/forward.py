@@ -12,11 +12,13 @@ from torch import nn
 from adapters_store.manifest import BaseManifest
 from kernels import cpu
 from kernels.cpu.forward import Decoder
+from kernels.cpu.gemm import Gemm
 from server.adapters.layer import StepState
 from server.model.attention import AttentionContext, AttentionOps
 from server.model.kv import KVCache
 from server.model.loader import LoadedBase
 from server.model.native import decoder_spec, refusal
+from server.model.sampler import Largest, largest
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,10 @@ class Forward(Protocol):
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """The head rows' logits [S + P, V] in the base's dtype. Writes the rows' KV."""
 
+    @property
+    def largest(self) -> Largest:
+        """How the sampler finds each row's largest logit."""
+
 
 class ModuleForward:
     """The Hugging Face modules, unchanged in meaning: any base, any dtype, any backend."""
@@ -57,6 +63,10 @@ class ModuleForward:
         logits: torch.Tensor = out.logits[0]
         return logits
 
+    @property
+    def largest(self) -> Largest:
+        return largest
+
 
 class NativeForward:
     """The native pass over packed weights; takes the weights out of the modules, which are of no use after it."""
@@ -66,12 +76,22 @@ class NativeForward:
         library = cpu.library()
         assert library is not None
         self._step = step
+        self._gemm = Gemm(library)
         self._decoder = Decoder(library, decoder_spec(base, manifest, kv), step.weights, max_rows)
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         step = self._step
         assert step.attention is not None, "the runner sets the attention metadata before the forward pass"
         return self._decoder.run(inputs, step.attention, step.segments, step.head_segments)
+
+    @property
+    def largest(self) -> Largest:
+        return self._largest
+
+    def _largest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self._gemm.argmax(logits)  # -1 reads the last logit, which is then put right
+        best = logits[torch.arange(len(logits)), tokens].masked_fill_(tokens < 0, torch.nan)
+        return best, tokens
 
 
 def forward_of(

@@ -56,7 +56,7 @@ class ModelRunner:
     ) -> None:
         self._forward = forward
         self._step = step
-        self._sampler = Sampler(eos_token_ids)
+        self._sampler = Sampler(eos_token_ids, forward.largest)
         self._inputs = _InputBuffers(max_rows, device)
         self._block_size = block_size
         self._holds = holds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,16 @@ GREEDY_TEMPERATURE = 1e-5  # and below; vLLM's bound
 _NUCLEUS_GUESS = 1024  # top-p looks at this many of the best tokens, then at 8 times as many, ...
 
 
+def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's largest logit and its id, the lowest on ties; NaN where there is one: it wins a maximum."""
+    best, tokens = logits.max(dim=-1)
+    return best, tokens
+
+
+Largest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""logits [S, V] -> the values [S] and ids int64 [S] of `largest`; the id of a row with NaN is any"""
+
+
 class Sampler:
     """Draws by inverse CDF over the vocabulary in id order, with a number that only (seed, output index) set.
 
@@ -31,8 +41,9 @@ class Sampler:
     a preemption changes its token.
     """
 
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], find_largest: Largest = largest) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._largest = find_largest
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """logits [S, V] of any float dtype, one request a row -> int64 [S] on the same device.
@@ -40,7 +51,7 @@ class Sampler:
         A greedy row takes the largest logit, the lowest id on ties. A row with NaN or +inf anywhere, or
         nothing finite, gets NOT_FINITE; one that its request's masks leave nothing of gets NO_TOKEN.
         """
-        best, tokens = logits.max(dim=-1)  # NaN wins a maximum, so `best` shows it
+        best, tokens = self._largest(logits)
         is_empty: torch.Tensor | None = None  # bool [S]: masked to the last token
         changed = [row for row, request in enumerate(requests) if self._changes_logits(request)]
         if changed:

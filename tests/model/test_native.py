@@ -16,6 +16,7 @@ from adapters_store.ref import AdapterRef
 from kernels.types import TABLE_COLUMNS, SlotWeights
 from server.model.forward import ModuleForward, NativeForward
 from server.model.manifest import build_manifest
+from server.model.sampler import largest
 from tests.model.harness import Served, greedy, make_batch, serve, whole_prompts
 from tests.model.test_models import CERTIFIED, LONGROPE
 from tests.zoo import random_prompts, tiny_base
@@ -120,3 +121,16 @@ def rounded(path: Path) -> None:
     """Round the saved weights to bf16, so that both dtypes load the same ones."""
     file = path / "model.safetensors"
     save_file({name: t.to(torch.bfloat16).float() for name, t in load_file(file).items()}, file, {"format": "pt"})
+
+
+def test_largest_is_the_samplers(tmp_path: Path) -> None:
+    """Ties, infinities and NaN as the sampler has them; the id of a row with NaN is nobody's."""
+    served = serve(tiny_base(tmp_path / "base", "llama"), "bfloat16", backend="cpu")
+    logits = torch.randn(6, 320, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    logits[1, [7, 90, 300]] = logits.max() + 1
+    logits[2, 5], logits[3, 319], logits[4] = torch.inf, torch.nan, -torch.inf
+    best, tokens = served.runner._forward.largest(logits)
+    their_best, their_tokens = largest(logits)
+    sound = ~their_best.isnan()
+    assert torch.equal(best[sound], their_best[sound]) and torch.equal(tokens[sound], their_tokens[sound])
+    assert tokens[1] == 7 and (~sound).tolist() == [False] * 3 + [True] + [False] * 2
