@@ -101,6 +101,10 @@ AllowedOrigins = Annotated[
     str, typer.Option(help="Origins whose pages may call the API (CORS), as a JSON list, e.g. '[\"*\"]'.")
 ]
 CacheDir = Annotated[Path | None, typer.Option(help="Where compiled adapters are kept. Default: ~/.cache/multilora.")]
+Backend = Annotated[
+    str,
+    typer.Option(help="Kernels: cpu (native, built on first use), torch, or auto: cpu where there is a compiler."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the model. Default: the CPU quota.", min=1, max=1024)]
 
 
@@ -137,6 +141,7 @@ def serve(
     disable_access_log: DisableAccessLog = False,
     cache_dir: CacheDir = None,
     threads: Threads = None,
+    backend: Backend = "auto",
 ) -> None:
     """Serve a base model and every adapter below --adapters; ones added while running are found on first use."""
     engine = _engine_config(
@@ -153,6 +158,7 @@ def serve(
         max_queue_wait_s=max_queue_wait,
         cache_dir=str(cache_dir or default_cache_dir()),
         threads=threads,
+        backend=backend,
     )
     names = tuple(served_model_name or [Path(model).resolve().name])
     for line in explain_vllm_flags(enable_lora=enable_lora, max_cpu_loras=max_cpu_loras):

@@ -69,7 +69,7 @@ def load(level: str | None = None, cache: Path | None = None, sources: Path = SO
     """The library at `level`, built if need be; one log line says which, or why there is none.
 
     level    None: MULTILORA_CPU_KERNELS, else the best one that this CPU (and, for amx, its kernel) runs
-    cache    the folder of built libraries; None: $XDG_CACHE_HOME/multilora/kernels
+    cache    the folder of built libraries; None: default_cache()
     sources  the folder of the C++ sources
 
     Raises ValueError for a level that there is not.
@@ -119,9 +119,9 @@ def _may_use_tiles() -> bool:
 
 
 def default_cache() -> Path:
-    """$XDG_CACHE_HOME/multilora/kernels, or the same under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "multilora" / "kernels"
+    """$MULTILORA_CACHE/kernels, or the same under ~/.cache/multilora, where the server keeps all else."""
+    base = os.environ.get("MULTILORA_CACHE")
+    return (Path(base).expanduser() if base else Path.home() / ".cache" / "multilora") / "kernels"
 
 
 def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
@@ -134,6 +134,7 @@ def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         if not _is_whole(path):
+            log.info("building the native CPU kernels at level %s; it takes about half a minute, once", level)
             _build(compiler, level, sources, path)
     try:
         return Library(path, level)

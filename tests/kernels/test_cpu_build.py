@@ -138,11 +138,12 @@ def test_what_was_asked_for_is_what_is_loaded(sources, tmp_path, monkeypatch, ca
     with caplog.at_level(logging.INFO, "kernels.cpu.build"):
         monkeypatch.setenv("MULTILORA_CPU_KERNELS", "portable")
         assert build.load(None, tmp_path / "cache", sources).level == "portable"
+        assert "building" in caplog.records[0].getMessage()
         assert "level portable" in caplog.records[-1].getMessage()
         monkeypatch.setenv("MULTILORA_CPU_KERNELS", "none")
         assert build.load(None, tmp_path / "cache", sources) is None
         assert "torch's kernels are used" in caplog.records[-1].getMessage()
-        assert len(caplog.records) == 2
+        assert len(caplog.records) == 3
     monkeypatch.setenv("MULTILORA_CPU_KERNELS", "avx9")
     with pytest.raises(ValueError, match=r"avx9.*portable, avx512, amx, amx-emulated and none"):
         build.load(None, tmp_path / "cache", sources)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from adapters_store.manifest import BaseManifest
 from adapters_store.ref import AdapterRef
 from kernels.types import TABLE_COLUMNS, SlotWeights
+from server.engine.batch import ScheduledRequest
 from server.model.forward import ModuleForward, NativeForward
 from server.model.manifest import build_manifest
 from server.model.sampler import largest
@@ -86,7 +87,7 @@ def logits_of(served: Served, slots: tuple[int, ...], prompts: list[list[int]]) 
             if len(request.token_ids) > 4 * len(request.blocks):
                 request.blocks.append(next_block)
                 next_block += 1
-            items.append(type(first[0])(request, request.num_computed, 1, samples=True))
+            items.append(ScheduledRequest(request, request.num_computed, 1, samples=True))
         found.append(served.runner.logits(make_batch(items)).clone())
     return found
 
@@ -104,8 +105,7 @@ def test_as_exact_as_the_modules(kind: str, tmp_path: Path) -> None:
     rounded(path)
     exact = arena_of(build_manifest(path, "float32"))
     narrow = SlotWeights(exact.arena.to(torch.bfloat16), exact.table)
-    vocab_size = 300
-    prompts = [random_prompts(1, vocab_size, seed=n, lengths=(n, n))[0] for n in LENGTHS]
+    prompts = prompts_of()
     native = serve(path, "bfloat16", backend="cpu", weights=narrow)
     modules = serve(path, "bfloat16", weights=narrow)
     oracle = serve(path, "float32", weights=exact)
@@ -115,6 +115,55 @@ def test_as_exact_as_the_modules(kind: str, tmp_path: Path) -> None:
         found, theirs, right = (logits_of(served, slots, prompts) for served in (native, modules, oracle))
         error, limit = rms(found, right), rms(theirs, right)
         assert limit > 0 and error <= 1.15 * limit, (error, limit)
+
+
+def native_of(tmp_path: Path, kind: str) -> Served:
+    path = tiny_base(tmp_path / "base", KINDS[kind][0], **KINDS[kind][1])
+    weights = arena_of(build_manifest(path, "float32"))
+    return serve(path, "bfloat16", backend="cpu", weights=SlotWeights(weights.arena.to(torch.bfloat16), weights.table))
+
+
+def prompts_of() -> list[list[int]]:
+    return [random_prompts(1, 300, seed=n, lengths=(n, n))[0] for n in LENGTHS]
+
+
+BATCHED = ("llama", "gemma3", "qwen2-tied-window", "longrope")
+
+
+@pytest.mark.parametrize("kind", BATCHED)
+def test_a_rows_bits_are_its_own(kind: str, tmp_path: Path) -> None:
+    """In bf16 too: a request alone gives the bits that it gives in a batch of others with other adapters."""
+    served, prompts = native_of(tmp_path, kind), prompts_of()
+    together = logits_of(served, SLOTS, prompts)
+    for row, (slot, prompt) in enumerate(zip(SLOTS, prompts, strict=True)):
+        alone = logits_of(served, (slot,), [prompt])
+        for step, logits in enumerate(alone):
+            assert torch.equal(logits[0], together[step][row]), (row, step)
+
+
+@pytest.mark.parametrize("kind", BATCHED)
+def test_chunks_change_no_bits(kind: str, tmp_path: Path) -> None:
+    """A prompt in one prefill, in chunks, or token by token."""
+    served, prompt = native_of(tmp_path, kind), prompts_of()[-1]
+    whole = logits_of(served, (2,), [prompt])[0]
+    for size in (1, 7):
+        request = greedy(prompt, "r", 1)
+        request.slot, request.adapter = 2, ADAPTER
+        whole_prompts([request])  # its blocks
+        for start in range(0, len(prompt), size):
+            end = min(start + size, len(prompt))
+            chunk = ScheduledRequest(request, start, end - start, samples=end == len(prompt))
+            found = served.runner.logits(make_batch([chunk]))
+        assert torch.equal(found, whole), size
+
+
+def test_threads_change_no_bits(tmp_path: Path) -> None:
+    served, prompts = native_of(tmp_path, "llama"), prompts_of()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(logits_of(served, SLOTS, prompts))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def rounded(path: Path) -> None:
