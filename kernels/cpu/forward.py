@@ -167,9 +167,12 @@ class _Step(ctypes.Structure):
         ("table_rows", c_int64),
         ("lora_scratch", c_void_p),
         ("lora_scratch_size", c_int64),
-        *((name, c_void_p) for name in ("body", "head", "logits")),
+        *((name, c_void_p) for name in ("body", "head", "logits", "nanoseconds")),
     ]
 
+
+PARTS = ("embedding", "GEMM", "adapters", "attention", "small ops", "head")
+"""Of a step's time: csrc/forward.h's Part. The head's deltas count as adapters."""
 
 STRUCTURES = (_Projection, _Rotary, _Layer, _Model, _Buffers, _Step)
 _ALIGNMENT = 64  # bytes, of buffers
@@ -223,6 +226,13 @@ class Decoder:
         status = self._run(ctypes.byref(self._model), ctypes.byref(self._buffers), ctypes.byref(step))
         assert status == 0, f"the native forward pass ended with LoraStatus {status}"
         return logits
+
+    def profile(self) -> np.ndarray:
+        """From now on the nanoseconds of each of PARTS, int64, summed up over the steps that follow."""
+        spent = np.zeros(len(PARTS), np.int64)
+        self._keep.append(spent)
+        self._step.nanoseconds = spent.ctypes.data
+        return spent
 
     def _place(self, segments: Segments | None) -> int | None:
         """The address of the segments in C's form, and room for their rank vectors; None where there are none."""

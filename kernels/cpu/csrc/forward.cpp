@@ -1,9 +1,17 @@
 #include "forward.h"
 
+#include <time.h>
+
 #include <cmath>
 #include <cstring>
 
 namespace {
+
+int64_t clock_ns() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
 
 // What the parts of one step share; made by each thread.
 struct Pass {
@@ -12,6 +20,15 @@ struct Pass {
     const Buffers& buffers;
     const Step& step;
     int* status;
+    mutable int64_t last;  // when the part before this one ended
+
+    // The time since the last mark was `part`'s; for the first thread, whose waits are the others' work.
+    void mark(Part part) const {
+        if (step.nanoseconds == nullptr || team.tid != 0) return;
+        const int64_t now = clock_ns();
+        step.nanoseconds[part] += now - last;
+        last = now;
+    }
 
     int64_t q_width() const { return model.heads * model.head_dim; }
     int64_t kv_width() const { return model.kv_heads * model.head_dim; }
@@ -37,11 +54,12 @@ void adapt(const Pass& pass, const LoraGroup& group, const LoraSegments& segment
     const LoraStatus status = segmented_lora(pass.team, args);
     if (status != kLoraDone && pass.team.tid == 0) *pass.status = status;
     pass.team.wait();
+    pass.mark(kAdapters);
 }
 
 // y = x W^T + bias, then the segments' deltas, whose first phase needs no y; y is complete on return.
 void project(const Pass& pass, const Projection& p, const bf16* x, int64_t rows, bf16* y,
-             const LoraSegments* segments) {
+             const LoraSegments* segments, Part part = kGemm) {
     GemmArgs args{};
     args.x = x;
     args.x_stride = p.k;
@@ -54,7 +72,8 @@ void project(const Pass& pass, const Projection& p, const bf16* x, int64_t rows,
     args.k = p.k;
     gemm(pass.team, args);
     if (segments == nullptr) pass.team.wait();
-    else adapt(pass, p.group, *segments, x, nullptr, y, p.n);
+    pass.mark(part);
+    if (segments != nullptr) adapt(pass, p.group, *segments, x, nullptr, y, p.n);
 }
 
 void norm(const Pass& pass, const bf16* x, const bf16* weight, bf16* y, int64_t rows) {
@@ -69,6 +88,7 @@ void add_norm(const Pass& pass, bf16* x, const bf16* post_norm, const bf16* weig
     add_rms_norm(pass.team, AddRmsNormArgs{x, pass.buffers.residual, weight, y, rows, n, n, n, n, pass.model.eps,
                                            pass.model.norm_kind});
     pass.team.wait();
+    pass.mark(kSmall);
 }
 
 // cos and sin of every row and frequency set, as transformers has them: fp32, scaled, cast.
@@ -109,6 +129,7 @@ void embed(const Pass& pass) {
         scale(pass.team, ScaleArgs{out, step.rows, n, n, model.embedding_scale});
     }
     pass.team.wait();
+    pass.mark(kEmbed);
     if (step.body != nullptr) adapt(pass, model.embedding_group, *step.body, nullptr, step.ids, out, n);
 }
 
@@ -131,6 +152,7 @@ void prepare_qkv(const Pass& pass, const Layer& layer) {
     write_kv(pass.team, WriteKvArgs{k, v, layer.keys, layer.values, pass.step.slot_mapping, rows, model.kv_heads, d,
                                     width, d, width, d});
     pass.team.wait();
+    pass.mark(kSmall);
 }
 
 AttentionArgs attention_args(const Model& model, const Step& step) {
@@ -163,6 +185,7 @@ void attend(const Pass& pass, const Layer& layer) {
     args.sliding_window = layer.window;
     paged_attention(pass.team, args);
     pass.team.wait();
+    pass.mark(kAttention);
 }
 
 void mlp(const Pass& pass, const Layer& layer) {
@@ -172,6 +195,7 @@ void mlp(const Pass& pass, const Layer& layer) {
     bf16* hidden = pass.buffers.hidden;
     act_mul(pass.team, ActMulArgs{gate_up, gate_up + n, hidden, rows, n, 2 * n, 2 * n, n, pass.model.activation});
     pass.team.wait();
+    pass.mark(kSmall);
     project(pass, layer.down, hidden, rows, pass.buffers.normed, pass.step.body);
 }
 
@@ -197,7 +221,7 @@ void head(const Pass& pass) {
     for (int64_t row = own.begin; row < own.end; ++row)
         std::memcpy(picked + row * n, pass.buffers.normed + step.head_rows[row] * n, n * sizeof(bf16));
     pass.team.wait();
-    project(pass, model.head, picked, count, step.logits, step.head);
+    project(pass, model.head, picked, count, step.logits, step.head, kHead);
     if (model.logits_softcap != 0.0f)
         softcap(pass.team, SoftcapArgs{step.logits, count, model.vocab, model.vocab, model.logits_softcap});
 }
@@ -207,7 +231,7 @@ void head(const Pass& pass) {
 int ml_forward(const Model* model, const Buffers* buffers, const Step* step) {
     int status = kLoraDone;
     parallel([&](const Team& team) {
-        const Pass pass{team, *model, *buffers, *step, &status};
+        const Pass pass{team, *model, *buffers, *step, &status, clock_ns()};
         rotary_tables(pass);
         embed(pass);
         norm(pass, buffers->residual, model->layers[0].input_norm, buffers->normed, step->rows);

@@ -91,7 +91,11 @@ struct Step {
     const LoraSegments* body;     // null: no row has an adapter; head alike, over the head rows
     const LoraSegments* head;
     bf16* logits;                 // [num_head_rows, vocab]
+    int64_t* nanoseconds;         // [kNumParts]: what each part took is added; null: nobody asks
 };
+
+// Where a step's time goes. The head's GEMM counts as kHead, its deltas as kAdapters.
+enum Part { kEmbed, kGemm, kAdapters, kAttention, kSmall, kHead, kNumParts };
 
 extern "C" {
 // Writes the rows' KV and the logits. Returns the first LoraStatus that is not kLoraDone, else 0.
