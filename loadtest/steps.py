@@ -128,7 +128,7 @@ class Pairs:
     """The forward pass of one batch, with its adapters and without, in turn."""
 
     def __init__(self, llm: LLM, batch: Batch) -> None:
-        runner: Any = llm.core._runner  # type: ignore[attr-defined]
+        runner: Any = llm.core._runner
         runner.logits(batch)  # fills the step's state, which the calls below use as it is
         self._step = runner._step
         self._forward = runner._forward

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 KV_SHARE, MAX_KV_BYTES = 4, 4 << 30
 ADAPTER_SHARE, MAX_ADAPTER_BYTES = 8, 2 << 30
 
+MIXED_PREFILL_SHARE = 4  # of a step's rows, for prompts while others decode: a decode's pace for some prefill speed
 MAX_PROMPT_LOGITS = 1 << 25  # elements: prompt logprobs may add so many logits to a step (64 MiB in bf16)
 
 
@@ -155,6 +156,7 @@ def _limits(config: EngineConfig, base: LoadedBase, manifest: BaseManifest) -> S
     return SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
+        max_mixed_prefill=max(1, config.max_step_tokens // MIXED_PREFILL_SHARE),
         max_adapters_per_step=config.max_adapters_per_step,
         max_model_len=base.max_model_len,
         eos_token_ids=base.eos_token_ids,

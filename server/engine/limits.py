@@ -19,8 +19,8 @@ class SchedulerLimits:
     max_model_len: int
     """prompt and output tokens of a request"""
     eos_token_ids: tuple[int, ...] = ()
-    max_prefill_chunk: int | None = None
-    """rows of one prompt in a step, so that a long one leaves room for others; None = all there are"""
+    max_mixed_prefill: int | None = None
+    """rows of prompts in a step that also decodes, so that running answers keep their pace; None = all there are"""
     max_logprob_rows: int | None = None
     """rows of a step whose logits give prompt logprobs, each as wide as the vocabulary; None = all there are"""
     max_wait_s: float = 60.0
@@ -38,8 +38,8 @@ class SchedulerLimits:
         for name in ("max_num_seqs", "max_adapters_per_step", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
-            raise ConfigError(f"max_prefill_chunk must be at least 1, not {self.max_prefill_chunk}")
+        if self.max_mixed_prefill is not None and self.max_mixed_prefill < 1:
+            raise ConfigError(f"max_mixed_prefill must be at least 1, not {self.max_mixed_prefill}")
         if self.max_logprob_rows is not None and self.max_logprob_rows < 1:
             raise ConfigError(f"max_logprob_rows must be at least 1, not {self.max_logprob_rows}")
         if self.max_step_tokens < self.max_num_seqs:

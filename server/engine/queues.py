@@ -74,7 +74,8 @@ class AdapterQueue:
     """One adapter's requests in line, and where the adapter stands. Set by the scheduler."""
 
     key: str  # image key; "" for the base
-    name: str
+    name: str  # of the first that came; names with the same bytes share a queue
+    names: set[str] = field(default_factory=set)  # all that came
     served: int = 0  # rows scheduled, as a virtual counter
     waiting: Line = field(default_factory=Line)
     num_running: int = 0
@@ -137,6 +138,8 @@ class WaitingQueues:
         queue = self._queues.get(request.adapter_key)
         if queue is None or queue.is_idle:
             queue = self._join(request)
+        if request.adapter is not None:
+            queue.names.add(request.adapter.name)
         queue.waiting.append(request)
 
     def push_front(self, request: Request) -> None:

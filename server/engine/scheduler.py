@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from adapters_store.errors import AdapterTooLarge
@@ -249,14 +249,14 @@ class Scheduler:
             is_next = request.num_remaining == 1 and request.state is RequestState.RUNNING
             if is_next and self._make_room(request, draft.plan):
                 self._take_rows(request, draft)
+        if draft.plan.items and self.limits.max_mixed_prefill is not None:
+            draft.budget = min(draft.budget, self.limits.max_mixed_prefill)
         for request in prefills:
             if draft.budget and request.state is RequestState.RUNNING:
                 self._take_rows(request, draft)
 
     def _take_rows(self, request: Request, draft: _Draft) -> None:
         count = min(request.num_remaining, draft.budget)
-        if self.limits.max_prefill_chunk is not None:
-            count = min(count, self.limits.max_prefill_chunk)
         start = request.num_scheduled
         positions = request.prompt_logprob_positions(start, count)
         if len(positions) > draft.logprob_rows:
@@ -441,8 +441,8 @@ class Scheduler:
         return StepStats(
             num_running=len(self._running),
             num_waiting=len(self._requests) - len(self._running),
-            running_adapters=tuple(sorted({queue.name for queue in queues if queue.num_running})),
-            waiting_adapters=tuple(sorted({queue.name for queue in queues if queue.waiting})),
+            running_adapters=_names((queue, self._running) for queue in queues if queue.num_running),
+            waiting_adapters=_names((queue, queue.waiting) for queue in queues if queue.waiting),
             kv_usage=self._blocks.usage,
             prefix_queries=self._blocks.num_queried_tokens,
             prefix_hits=self._blocks.num_hit_tokens,
@@ -483,3 +483,14 @@ def _phases(request: Request, now: float) -> dict[str, float]:
         "adapter_wait_s": started - held,
         "prefill_s": now - started,
     }
+
+
+def _names(queues: Iterable[tuple[AdapterQueue, Iterable[Request]]]) -> tuple[str, ...]:
+    """The adapters that requests named, sorted. Only queues of several names need a look at each request."""
+    found: set[str] = set()
+    for queue, requests in queues:
+        if len(queue.names) == 1:
+            found |= queue.names
+        else:
+            found |= {r.adapter.name for r in requests if r.adapter is not None and r.adapter_key == queue.key}
+    return tuple(sorted(found))

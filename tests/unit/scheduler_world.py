@@ -142,7 +142,7 @@ class World:
         for request in plan.ended:
             assert request.finish_reason is not None
             self._end(request.request_id, str(request.finish_reason))
-        self._check_bounds(plan)
+        self._check_bounds(plan, {r.request_id for r in running})
         self._note_started()
         if plan.items:
             self._dispatch(plan)
@@ -262,7 +262,7 @@ class World:
         assert request_id not in self.ended, f"{request_id} ended twice: {self.ended[request_id]}, {reason}"
         self.ended[request_id] = reason
 
-    def _check_bounds(self, plan: StepPlan) -> None:
+    def _check_bounds(self, plan: StepPlan, ran_before: set[str]) -> None:
         requests = [item.request for item in plan.items]
         assert len({r.request_id for r in requests}) == len(requests) <= self.limits.max_num_seqs
         assert plan.num_rows <= self.limits.max_step_tokens
@@ -270,8 +270,10 @@ class World:
         assert len(keys) <= self.limits.max_adapters_per_step
         logprob_rows = sum(len(item.logprob_positions) for item in plan.items)
         assert logprob_rows <= (self.limits.max_logprob_rows or self.limits.max_step_tokens)
-        chunk = self.limits.max_prefill_chunk or self.limits.max_step_tokens
-        assert all(0 < item.num_tokens <= chunk for item in plan.items)
+        assert all(item.num_tokens > 0 for item in plan.items)
+        decodes = [i for i in plan.items if i.samples and i.num_tokens == 1 and i.request.request_id in ran_before]
+        if decodes and self.limits.max_mixed_prefill is not None:
+            assert plan.num_rows - len(decodes) <= self.limits.max_mixed_prefill
         running = [r for r in self.requests.values() if r.state is RequestState.RUNNING]
         assert len(running) <= self.limits.max_num_seqs
 

@@ -48,11 +48,18 @@ def test_decodes_come_first_and_prefills_take_what_is_left():
     world.check_ended()
 
 
-def test_a_chunk_limit_leaves_room_beside_a_long_prompt():
-    world = World(max_step_tokens=20, max_prefill_chunk=8)
+def test_prompts_take_less_of_a_step_that_decodes():
+    world = World(max_step_tokens=20, max_mixed_prefill=8)
+    world.add("a", 4, max_tokens=20)
+    world.step()
+    world.add("b", 5, max_tokens=20)
     world.add("long", 50)
-    world.add("short", 4)
-    assert world.step() == {"long": 8, "short": 4}
+    assert world.step() == {"a": 1, "b": 5, "long": 3}
+    assert world.step() == {"a": 1, "b": 1, "long": 8}
+    world.run()
+    world.check_ended()
+    world.add("alone", 30)
+    assert world.step() == {"alone": 20}, "nobody waits for a token"
     world.run()
     world.check_ended()
 
@@ -203,7 +210,7 @@ def test_limits_that_contradict_each_other_are_refused():
         ({"max_step_tokens": 3}, "a step needs a row for each running request"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"max_adapters_per_step": 0}, "max_adapters_per_step"),
-        ({"max_prefill_chunk": 0}, "max_prefill_chunk"),
+        ({"max_mixed_prefill": 0}, "max_mixed_prefill"),
     ]:
         with pytest.raises(ConfigError, match=match):
             SchedulerLimits(**(good | bad))

@@ -9,6 +9,7 @@ import pytest
 from server.adapters.slots import Acquire
 from server.engine.messages import RequestError
 from server.engine.request import RequestState
+from tests.unit.byte_device import PAGE, make_ref
 from tests.unit.scheduler_world import World, adapter
 
 GONE = RequestError(404, "model_not_found", "no such adapter")
@@ -180,6 +181,21 @@ def test_stats_name_the_adapters():
     world.run()
     assert world.scheduler.stats().running_adapters == ()
     world.check_ended()
+
+
+def test_names_with_the_same_bytes_are_each_told():
+    """Two names of one image share a queue, and a router must see both."""
+    world = World(max_num_seqs=2)
+    for number, name in enumerate(("s1", "s2", "s2", "s3")):
+        world.add(str(number), 4, make_ref("image-x", PAGE, name), max_tokens=3)
+    world.step()
+    world.finish_loads()
+    world.step()
+    stats = world.scheduler.stats()
+    assert stats.running_adapters == ("s1", "s2") and stats.waiting_adapters == ("s2", "s3")
+    world.run()
+    world.check_ended()
+
 
 
 # --- the bound on a step's adapters ------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "max_num_seqs": st.integers(1, 6),
                 "max_step_tokens": st.integers(6, 24),
                 "max_adapters_per_step": st.integers(1, 4),
-                "max_prefill_chunk": st.sampled_from([None, 1, 5]),
+                "max_mixed_prefill": st.sampled_from([None, 1, 5]),
                 "max_wait_s": st.sampled_from([3.0, 1e9, 1e9]),
                 "max_pending_s": st.sampled_from([5.0, 1e9, 1e9]),
                 "rope_switch": st.sampled_from([None, 10]),
