@@ -6,7 +6,8 @@ ServerError                         500 internal_error
 │   └── ContextLengthExceeded       400 context_length_exceeded
 ├── ModelNotFound                   404 model_not_found
 ├── Overloaded                      503 overloaded, with Retry-After
-│   └── QueueFull                   429 rate_limit_exceeded, with Retry-After
+│   ├── QueueFull                   429 rate_limit_exceeded, with Retry-After
+│   └── EngineStalled               503 engine_stalled, with Retry-After
 └── EngineDead                      503 engine_dead
 adapters_store.errors.AdapterError  its own tree: 404, 422, 503; see there
 ConfigError                         refused at start; never an HTTP answer
@@ -66,6 +67,10 @@ class QueueFull(Overloaded):
     http_status = 429
     code = "rate_limit_exceeded"
     type = "rate_limit_error"
+
+
+class EngineStalled(Overloaded):
+    code = "engine_stalled"
 
 
 class EngineDead(ServerError):

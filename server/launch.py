@@ -78,6 +78,7 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
             limits=ApiLimits(
                 max_adapters_per_step=config.engine.max_adapters_per_step,
                 max_queue_len=config.max_queue_len,
+                max_queue_wait_s=config.engine.max_queue_wait_s,
                 engine_stall_timeout_s=config.engine_stall_timeout_s,
                 has_access_log=config.has_access_log,
                 allowed_origins=config.allowed_origins,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import chain
 
@@ -11,6 +12,8 @@ from adapters_store.ref import is_adapter_name
 from server.errors import ConfigError
 
 LORA_MODULES = "--lora-modules"
+
+logger = logging.getLogger(__name__)
 
 
 class LoraModule(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,7 +41,10 @@ def parse_lora_modules(values: Sequence[str], base_names: Sequence[str]) -> tupl
     modules = list(chain.from_iterable(_modules_of(value) for value in values))
     for index, module in enumerate(modules):
         if module.base_model_name not in (None, *base_names):
-            raise ConfigError(f"{module.name}: base_model_name is {module.base_model_name!r}, not {base_names[0]!r}")
+            logger.warning(
+                "%s %s: base_model_name is %r, but the base is %r",
+                *(LORA_MODULES, module.name, module.base_model_name, base_names[0]),
+            )
         if not is_adapter_name(module.name) or module.name in base_names:
             raise ConfigError(f"{module.name!r} can't be an adapter's name")
         if module.name in (other.name for other in modules[:index]):

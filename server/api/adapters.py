@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import logging
 from typing import Literal, TypeVar
 from weakref import WeakValueDictionary
 
@@ -18,7 +18,7 @@ from adapters_store.errors import AdapterError, AdapterNotFound
 from adapters_store.ref import AdapterRef, SourceVersion, is_adapter_name
 from adapters_store.sources.named import PathRefused
 from server.api.body import read_object
-from server.api.errors import DEFAULT_RETRY_AFTER_S, json_response, shown
+from server.api.errors import ERROR_TYPES, NameRefused, dual_error, json_response, shown
 from server.api.local_pages import foreign_header
 from server.api.models import root_of
 from server.api.service import Service
@@ -27,40 +27,30 @@ from server.errors import EngineDead, ServerError
 MAX_PATH_CHARS = 4096
 LISTED_AT_ONCE = 100  # adapters described between two turns of the event loop
 
-ERROR_TYPES = {403: "PermissionDeniedError", 404: "NotFoundError", 500: "InternalServerError"}  # vLLM's
-
+logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
 class LoadLoraAdapterRequest(BaseModel):
-    """vLLM's body, and the base_model_name that older controllers send."""
+    """vLLM's body, and the base_model_name that older controllers send. As at vLLM other keys mean nothing."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     lora_name: str = Field("", max_length=1024)
     lora_path: str = Field("", max_length=MAX_PATH_CHARS, description="Below a folder of --adapters.")
     load_inplace: bool = Field(False, description="Replace the adapter that has this name.")
-    base_model_name: str | None = Field(None, description="Must name the base.")
+    base_model_name: str | None = Field(None, description="Means nothing; a name that is not the base's is logged.")
     is_3d_lora_weight: Literal[False] = False
 
 
 class UnloadLoraAdapterRequest(BaseModel):
-    """vLLM's body; lora_int_id means nothing here."""
+    """vLLM's body; lora_int_id and other keys mean nothing here."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     lora_name: str = Field("", max_length=1024)
     lora_int_id: int | None = None
-
-
-class NameRefused(ServerError):
-    """A load or unload that can't be done, with vLLM's error type."""
-
-    def __init__(self, message: str, *, status: int = 400, kind: str = "InvalidUserInput") -> None:
-        super().__init__(message)
-        self.http_status = status
-        self.type = kind
 
 
 def adapter_routes(service: Service) -> APIRouter:
@@ -120,7 +110,9 @@ class AdapterNames:
         self._check_name(name)
         if asked.base_model_name not in (None, *self._state.base_names):
             given = shown(asked.base_model_name or "")
-            raise NameRefused(f"The base model is '{self._state.base_names[0]}', not '{given}'.")
+            logger.warning(
+                "load of %r: base_model_name is %r, but the base is %r", name, given, self._state.base_names[0]
+            )
         if not self._state.engine.is_alive:
             raise EngineDead("The engine has stopped; the server is going down.")
         async with self._lock(name):
@@ -197,7 +189,8 @@ async def _read(service: Service, request: Request, schema: type[Body]) -> Body:
         )
     _check_page(service, request)
     try:
-        return schema.model_validate(await read_object(request, service.state.limits.max_body_bytes))
+        body = await read_object(request, service.state.limits.max_body_bytes, service.state.door)
+        return schema.model_validate({key: value for key, value in body.items() if value is not None})
     except ClientDisconnect:
         raise NameRefused("The client is gone.", status=499) from None
     except ValidationError as error:
@@ -220,17 +213,6 @@ def _check_page(service: Service, request: Request) -> None:
             status=403,
             kind=ERROR_TYPES[403],
         )
-
-
-def dual_error(error: ServerError | AdapterError) -> Response:
-    """An error as newer vLLM nests it and as older vLLM had it flat, in one body: controllers read either."""
-    status = 400 if error.http_status == 422 else error.http_status  # vLLM has 400 for an adapter that is wrong
-    kind = ERROR_TYPES.get(status, "ServiceUnavailableError" if status == 503 else "BadRequestError")
-    if isinstance(error, NameRefused):
-        kind = error.type
-    told: Mapping[str, object] = {"message": error.message, "type": kind, "param": None, "code": status}
-    headers = {"retry-after": str(DEFAULT_RETRY_AFTER_S)} if status == 503 else {}
-    return json_response(msgspec.json.encode({"object": "error", **told, "error": told}), status, headers)
 
 
 def _describe(service: Service, listing: Listing) -> dict[str, object]:

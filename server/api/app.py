@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from adapters_store.errors import AdapterError
 from server.api.access_log import AccessLog
 from server.api.adapters import adapter_routes
+from server.api.cors import Cors
 from server.api.errors import body_of, error_response, error_type, json_response, shown
 from server.api.gate import Gate
 from server.api.health import health_routes
@@ -28,6 +29,8 @@ from server.errors import ServerError
 
 logger = logging.getLogger(__name__)
 
+_CLOSE = {"connection": "close"}  # what uvicorn does after an exception
+
 
 def create_app(state: ServerState) -> ASGIApp:
     """The ASGI application of `state`. Its lifespan ends the app's own background work, not the engine or store."""
@@ -35,7 +38,9 @@ def create_app(state: ServerState) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(service.stall.watch(), name="stall watch")
         yield
+        watching.cancel()
         await service.close()
 
     app = FastAPI(
@@ -56,25 +61,12 @@ def create_app(state: ServerState) -> ASGIApp:
     app.add_exception_handler(AdapterError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
-    gate = Gate(app, state.api_keys, state.door, state.engine, max_queue_len=state.limits.max_queue_len)
+    gate = Gate(app, state.api_keys, state.door, state.engine, service.stall, max_queue_len=state.limits.max_queue_len)
     return AccessLog(
-        _with_cors(gate, state.limits.allowed_origins),
+        Cors(gate, origins) if (origins := state.limits.allowed_origins) else gate,
         service.metrics.http,
         frozenset(path for _, path in OPERATIONS),
         is_enabled=state.limits.has_access_log,
-    )
-
-
-def _with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """`app`, which pages of `origins` may call; outside the gate, since a preflight request carries no key."""
-    if not origins:
-        return app
-    return CORSMiddleware(
-        app,
-        allow_origins=list(origins),
-        allow_methods=["GET", "POST"],
-        allow_headers=["*"],
-        expose_headers=["x-request-id", "x-multilora-image-key"],
     )
 
 
@@ -96,4 +88,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_defect(request: Request, error: Exception) -> Response:
     """A defect of ours: logged with its trace by the server, told to the client without it."""
-    return json_response(body_of("The server failed.", "server_error", None, "internal_error"), 500)
+    return json_response(body_of("The server failed.", "server_error", None, "internal_error"), 500, _CLOSE)

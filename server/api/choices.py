@@ -270,6 +270,11 @@ class Generation:
         return self.choices[0].job.arrival_s
 
     @property
+    def has_begun(self) -> bool:
+        """Whether an event of any choice has come."""
+        return any(choice.is_told.is_set() for choice in self.choices)
+
+    @property
     def image_key(self) -> str:
         """Which image answers; empty for the base, and before the first part."""
         return next((choice.told.image_key for choice in self.choices if choice.told.image_key), "")

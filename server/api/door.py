@@ -3,32 +3,64 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from server.engine.client import Engine
-from server.errors import BadRequest, QueueFull
+from server.errors import BadRequest, Overloaded, QueueFull
 
 QUEUE_RETRY_AFTER_S = 1
+DRAINING_RETRY_AFTER_S = 5  # about what a replacement needs to be found
+DRAINING = "The server is shutting down and takes no new requests."
 
 
 @dataclass(slots=True, eq=False)
 class Door:
     """Counts what is inside.
 
-    open ──close()──▶ draining: what is inside goes on to its end, nothing but reads comes in
+    open ──close()──▶ draining: what is inside goes on to its end, what has not arrived is cut, only reads come in
     """
 
     is_open: bool = True
     num_inside: int = 0  # requests that ask for a generation, from their arrival to their response's end
     num_coming: int = 0  # choices of theirs that the engine has not got yet
     _emptied: asyncio.Event = field(default_factory=asyncio.Event)
+    _bounds: set[asyncio.Timeout] = field(default_factory=set)  # of what ends with close()
 
     def close(self) -> None:
         """Let nobody in from now on."""
         self.is_open = False
+        for bound in self._bounds:
+            bound.reschedule(asyncio.get_running_loop().time())
+        self._bounds.clear()
         if not self.num_inside:
             self._emptied.set()
+
+    @contextlib.asynccontextmanager
+    async def bound(self, timeout_s: float) -> AsyncIterator[Callable[[], None]]:
+        """A block that takes no longer than `timeout_s`, anew from each call of what it gets, nor beyond close().
+
+        Raises TimeoutError, and Overloaded where it was close().
+        """
+        loop = asyncio.get_running_loop()
+
+        def renew() -> None:
+            if self.is_open:
+                bound.reschedule(loop.time() + timeout_s)
+
+        try:
+            async with asyncio.timeout(timeout_s if self.is_open else 0) as bound:
+                self._bounds.add(bound)
+                try:
+                    yield renew
+                finally:
+                    self._bounds.discard(bound)
+        except TimeoutError:
+            if self.is_open:
+                raise
+            raise Overloaded(DRAINING, retry_after_s=DRAINING_RETRY_AFTER_S) from None
 
     async def until_empty(self) -> None:
         """Wait until everyone who was inside at close() has left."""

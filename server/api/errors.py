@@ -14,6 +14,14 @@ from server.errors import BadRequest, ServerError
 DEFAULT_RETRY_AFTER_S = 1  # of a 429 or 503 whose cause gave no time
 MAX_SHOWN_CHARS = 256  # of what a client sent, in a message
 
+ERROR_TYPES = {  # vLLM's
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
 _OF_ADAPTERS = (404, 422)  # the engine's statuses that are about the adapter, which `model` named
 
 
@@ -25,6 +33,15 @@ class RequestFailed(ServerError):
         self.http_status = error.status
         self.type = error_type(error.status)
         self.retry_after_s = error.retry_after_s
+
+
+class NameRefused(ServerError):
+    """A load or unload of an adapter that can't be done, with vLLM's error type."""
+
+    def __init__(self, message: str, *, status: int = 400, kind: str = "InvalidUserInput") -> None:
+        super().__init__(message)
+        self.http_status = status
+        self.type = kind
 
 
 class InvalidApiKey(ServerError):
@@ -40,6 +57,13 @@ class BodyTooLarge(BadRequest):
 
     http_status = 413
     code = "request_too_large"
+
+
+class BodyTimeout(BadRequest):
+    """408 request_timeout."""
+
+    http_status = 408
+    code = "request_timeout"
 
 
 def shown(text: str) -> str:
@@ -69,11 +93,24 @@ def body_of(message: str, kind: str, param: str | None, code: str) -> bytes:
 
 def error_response(error: ServerError | AdapterError) -> Response:
     """The response for `error`; a 429 or 503 says when to try again."""
-    headers = {}
-    if error.http_status in (429, 503):
-        after_s = error.retry_after_s if isinstance(error, ServerError) else None
-        headers["retry-after"] = str(DEFAULT_RETRY_AFTER_S if after_s is None else after_s)
-    return json_response(error_body(error), error.http_status, headers)
+    return json_response(error_body(error), error.http_status, _headers_of(error))
+
+
+def dual_error(error: ServerError | AdapterError) -> Response:
+    """An error as newer vLLM nests it and as older vLLM had it flat, in one body: controllers read either."""
+    status = 400 if error.http_status == 422 else error.http_status  # vLLM has 400 for an adapter that is wrong
+    kind = error.type if isinstance(error, NameRefused) else ERROR_TYPES.get(status, "BadRequestError")
+    told: Mapping[str, object] = {"message": error.message, "type": kind, "param": None, "code": status}
+    return json_response(msgspec.json.encode({"object": "error", **told, "error": told}), status, _headers_of(error))
+
+
+def _headers_of(error: ServerError | AdapterError) -> dict[str, str]:
+    if error.http_status == BodyTimeout.http_status:
+        return {"connection": "close"}  # the rest of the body may come yet
+    if error.http_status not in (429, 503):
+        return {}
+    after_s = error.retry_after_s if isinstance(error, ServerError) else None
+    return {"retry-after": str(DEFAULT_RETRY_AFTER_S if after_s is None else after_s)}
 
 
 def json_response(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

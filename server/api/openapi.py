@@ -37,6 +37,7 @@ from server.api.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     Message,
+    StreamOptions,
     TokenizeRequest,
 )
 from server.api.service import Service
@@ -191,8 +192,9 @@ def _body_schema(model: type[BaseModel], components: dict[str, Schema]) -> Schem
     parts: dict[str, Schema] = schema.pop("$defs", {})
     if Message.__name__ in parts:
         parts[Message.__name__] = _open(parts[Message.__name__], REFUSED_IN_MESSAGES)
-    opened = _open(schema, REFUSED_BY_SCHEMA[model]) if model in REFUSED_BY_SCHEMA else schema
-    components |= parts | {model.__name__: opened}
+    if StreamOptions.__name__ in parts:
+        parts[StreamOptions.__name__] = _open(parts[StreamOptions.__name__], {})
+    components |= parts | {model.__name__: _open(schema, REFUSED_BY_SCHEMA.get(model, {}))}
     return _ref(model.__name__)
 
 

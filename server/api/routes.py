@@ -39,7 +39,7 @@ async def _generate(
     service: Service, request: Request, schema: type[GenerationRequest], endpoint: Endpoint
 ) -> Response:
     try:
-        body = await read_object(request, service.state.limits.max_body_bytes)
+        body = await read_object(request, service.state.limits.max_body_bytes, service.state.door)
         asked = parse_request(schema, body, service.state.engine.ready)
         has_phases = request.headers.get("x-multilora-phases") == "1"
         return await until_gone(request.receive, _answer(service, asked, endpoint, has_phases, line_of(request.scope)))
@@ -52,13 +52,14 @@ async def _answer(
 ) -> Response:
     """The response, not before the engine's first event: until then an error is a status code, also on a stream."""
     pieces = service.state.tokenizer.pieces
-    answer = Answer(endpoint, asked, await service.prepare(asked), pieces, has_phases=has_phases)
+    generation = await service.prepare(asked)
+    answer = Answer(endpoint, asked, generation, pieces, has_phases=has_phases)
     if not asked.stream:
-        body = await answer.whole()
+        body = await service.stall.answer(answer.whole(), lambda: generation.has_begun)
         return json_response(body, headers=answer.headers())
-    parts = answer.generation.parts()
+    parts = generation.parts()
     try:
-        first = await anext(parts)
+        first = await service.stall.answer(anext(parts), lambda: generation.has_begun)
     except BaseException:
         await parts.aclose()
         raise

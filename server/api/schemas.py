@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -31,7 +33,7 @@ from server.api.fields import (
 from server.engine.messages import EngineReady
 from server.errors import BadRequest, ContextLengthExceeded, ServerError, UnsupportedField
 
-MAX_PROMPT_IDS = 1 << 20  # also of one that will be cut to the context
+MAX_PROMPT_IDS = 1_000_000  # also of one that will be cut to the context; below what a body may hold
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
@@ -43,6 +45,9 @@ MAX_BIAS = 100.0
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_CHARS = 256
 MAX_TEMPLATE_KWARGS = 64
+MAX_METADATA_PAIRS = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_VALUE_CHARS = 512
 _MAX_INT = 2**31 - 1
 _MAX_SEED = 2**63 - 1
 
@@ -68,6 +73,10 @@ def _text(value: object, what: str) -> str:
         raise _error("text_type", f"{what} must be a string")
     if not value:
         raise _error("empty", f"{what} must not be empty")
+    return _unicode(value, what)
+
+
+def _unicode(value: str, what: str = "it") -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -185,7 +194,33 @@ def _template_kwargs(value: object) -> dict[str, Any]:
     reserved = sorted(RESERVED_TEMPLATE_KWARGS & value.keys())
     if reserved:
         raise _error("reserved", f"'{reserved[0]}' is set by the server and can't be given here")
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError:
+        raise _error("too_deep", "the variables are nested too deeply") from None
+    except UnicodeEncodeError:
+        raise _error("text_unicode", "a key or string has a lone surrogate, which is no character") from None
+    except ValueError:
+        raise _error("not_finite", "a number is too large") from None
     return value
+
+
+def _metadata(value: object) -> dict[str, str]:
+    """OpenAI's bounds; a pair without a value is none."""
+    if not isinstance(value, dict):
+        raise _error("metadata_type", "must be an object of strings")
+    if len(value) > MAX_METADATA_PAIRS:
+        raise _error("too_many", f"at most {MAX_METADATA_PAIRS} pairs are allowed, not {len(value)}")
+    pairs = {key: text for key, text in value.items() if text is not None}
+    for key in value:
+        if len(_unicode(key, "a key")) > MAX_METADATA_KEY_CHARS:
+            raise _error("too_long", f"a key has at most {MAX_METADATA_KEY_CHARS} characters, not {len(key)}")
+    for key, text in pairs.items():
+        if not isinstance(text, str):
+            raise _error("metadata_type", f"the value of {shown(key)!r} must be a string")
+        if len(_unicode(text, "a value")) > MAX_METADATA_VALUE_CHARS:
+            raise _error("too_long", f"a value has at most {MAX_METADATA_VALUE_CHARS} characters, not {len(text)}")
+    return pairs
 
 
 def _content(value: object) -> Content:
@@ -254,7 +289,14 @@ _KWARGS_SCHEMA = {
     "maxProperties": MAX_TEMPLATE_KWARGS,
     "propertyNames": {"not": {"enum": sorted(RESERVED_TEMPLATE_KWARGS)}},
 }
+_METADATA_SCHEMA = {
+    "type": "object",
+    "maxProperties": MAX_METADATA_PAIRS,
+    "propertyNames": {"maxLength": MAX_METADATA_KEY_CHARS},
+    "additionalProperties": {"type": ["string", "null"], "maxLength": MAX_METADATA_VALUE_CHARS},
+}
 
+Text = Annotated[str, AfterValidator(_unicode)]
 TemplateKwargs = Annotated[Any, BeforeValidator(_template_kwargs), WithJsonSchema(_KWARGS_SCHEMA)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
@@ -283,7 +325,7 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Any, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
-    name: str | None = None
+    name: Text | None = None
 
     @property
     def num_chars(self) -> int:
@@ -339,8 +381,8 @@ class GenerationRequest(_Strict):
     return_tokens_as_token_ids: bool = False
     cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] = ""
     # Accepted and inert:
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
+    user: Text | None = None
+    metadata: Annotated[Any, BeforeValidator(_metadata), WithJsonSchema(_METADATA_SCHEMA)] = None
     store: bool = False
 
     @model_validator(mode="after")
@@ -391,8 +433,8 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)
     add_special_tokens: bool = False  # the template writes them itself
     # Accepted and inert:
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
@@ -460,6 +502,8 @@ def parse_request(schema: type[RequestT], body: Mapping[str, object], ready: Eng
                 param="messages",
             )
         served["messages"] = [_served_message(message, index) for index, message in enumerate(messages)]
+    if isinstance(options := served.get("stream_options"), dict):
+        served["stream_options"] = served_part(options, frozenset(StreamOptions.model_fields), {}, "stream_options.")
     try:
         return schema.model_validate(
             served, context={"vocab_size": ready.vocab_size, "max_model_len": ready.max_model_len}

@@ -24,6 +24,7 @@ from server.api.params import (
 )
 from server.api.pins import Pins
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, PromptInput, TokenizeRequest
+from server.api.stall import StallGuard
 from server.api.supply import AdapterSupply, Target
 from server.engine.client import Engine
 from server.engine_metrics import EngineFacts
@@ -42,6 +43,7 @@ class ApiLimits:
     max_body_bytes: int = 16 << 20
     max_adapters_per_step: int = 64  # the engine's, told in /metrics
     max_queue_len: int = 4096  # choices that wait to run; more are refused at arrival
+    max_queue_wait_s: float = 60.0  # the engine's, which ends what has waited for longer
     engine_stall_timeout_s: float = 60.0  # an engine silent for longer is not healthy
     has_access_log: bool = False
     allowed_origins: Sequence[str] = ()  # of browsers' pages (CORS)
@@ -67,11 +69,16 @@ class ServerState:
 
 
 class Service:
-    """Answers generation requests. Owns the metrics and the adapter supply."""
+    """Answers generation requests. Owns the metrics, the adapter supply and the stall guard."""
 
     def __init__(self, state: ServerState) -> None:
         self.state = state
         self.supply = AdapterSupply(state.engine, state.catalog, state.store, state.base_names, state.pins)
+        self.stall = StallGuard(
+            state.engine,
+            stall_timeout_s=state.limits.engine_stall_timeout_s,
+            max_queue_wait_s=state.limits.max_queue_wait_s,
+        )
         facts = EngineFacts(
             stats=lambda: state.engine.last_stats,
             ready=lambda: state.engine.ready,

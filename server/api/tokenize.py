@@ -33,7 +33,7 @@ def tokenize_routes(service: Service) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """The token ids of a prompt, or of messages as the model's chat template renders them."""
         try:
-            body = await read_object(request, service.state.limits.max_body_bytes)
+            body = await read_object(request, service.state.limits.max_body_bytes, service.state.door)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         ready = service.state.engine.ready
@@ -48,7 +48,7 @@ def tokenize_routes(service: Service) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens included."""
         try:
-            body = await read_object(request, service.state.limits.max_body_bytes)
+            body = await read_object(request, service.state.limits.max_body_bytes, service.state.door)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         asked = parse_request(DetokenizeRequest, body, service.state.engine.ready)

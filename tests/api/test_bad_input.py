@@ -11,6 +11,7 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
+from server.api.body import MAX_JSON_VALUES
 from server.api.schemas import ChatRequest, CompletionRequest
 from tests.api.conftest import BASE
 
@@ -75,6 +76,7 @@ BAD_ANYWHERE = [
     ({"stream": True, "stream_options": []}, "stream_options", "invalid_type"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "invalid_type"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
+    ({"stream": True, "stream_options": {"x": None}}, "stream_options.x", "unknown_parameter"),
     (
         {"stream": True, "stream_options": {"include_obfuscation": True}},
         "stream_options.include_obfuscation",
@@ -84,7 +86,15 @@ BAD_ANYWHERE = [
     ({"cache_salt": "x" * 129}, "cache_salt", "invalid_value"),
     ({"cache_salt": 5}, "cache_salt", "invalid_type"),
     ({"user": 5}, "user", "invalid_type"),
+    ({"user": "\ud800"}, "user", "invalid_value"),
     ({"metadata": "x"}, "metadata", "invalid_type"),
+    ({"metadata": {"a": 1}}, "metadata", "invalid_type"),
+    ({"metadata": {"a": ["x"]}}, "metadata", "invalid_type"),
+    ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "invalid_value"),
+    ({"metadata": {"k" * 65: "x"}}, "metadata", "invalid_value"),
+    ({"metadata": {"a": "x" * 513}}, "metadata", "invalid_value"),
+    ({"metadata": {"a": "\ud800"}}, "metadata", "invalid_value"),
+    ({"metadata": {"\ud800": "x"}}, "metadata", "invalid_value"),
     ({"store": "x"}, "store", "invalid_type"),
     ({"no_such_field": 1}, "no_such_field", "unknown_parameter"),
     ({"no_such_field": None}, "no_such_field", "unknown_parameter"),
@@ -160,6 +170,7 @@ BAD_COMPLETIONS = [
     ({"logprobs": True}, "logprobs", "invalid_type"),
     ({"messages": CHAT_OK["messages"]}, "messages", "unknown_parameter"),
 ]
+ODD_KWARGS = [{"a": "\ud800"}, {"\ud800": 1}, {"a": [{"b": "\udfff"}]}, {"a": {"\udfff": 1}}]
 BAD_CHATS = [
     ({"messages": None}, "messages", "missing_required_parameter"),
     ({"messages": []}, "messages", "invalid_value"),
@@ -178,6 +189,7 @@ BAD_CHATS = [
     (message(content=[{"type": "image_url", "image_url": {}}]), "messages[0].content", "unsupported_parameter"),
     (message(content="\ud800"), "messages[0].content", "invalid_value"),
     (message(name=5), "messages[0].name", "invalid_type"),
+    (message(name="\ud800"), "messages[0].name", "invalid_value"),
     (message(mood="happy"), "messages[0].mood", "unknown_parameter"),
     (message(tool_calls=[{"id": "x"}]), "messages[0].tool_calls", "unsupported_parameter"),
     (message(audio={"id": "x"}), "messages[0].audio", "unsupported_parameter"),
@@ -201,6 +213,7 @@ BAD_CHATS = [
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "invalid_value"),
     ({"chat_template_kwargs": {str(i): i for i in range(65)}}, "chat_template_kwargs", "invalid_value"),
     ({"chat_template_kwargs": []}, "chat_template_kwargs", "invalid_type"),
+    *(({"chat_template_kwargs": kwargs}, "chat_template_kwargs", "invalid_value") for kwargs in ODD_KWARGS),
     (
         {"continue_final_message": True, "add_generation_prompt": True},
         "continue_final_message",
@@ -245,6 +258,42 @@ async def test_bad_chats(served):
         await check(served, "/v1/chat/completions", changed(CHAT_OK, change), param, code)
 
 
+async def test_metadata_and_stream_options_at_their_bounds(served):
+    metadata = {f"{i:064}": "x" * 512 for i in range(15)} | {"none": None}
+    bodies = [
+        {"metadata": metadata},
+        {"metadata": None},
+        {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": None}},
+    ]
+    async with served.http() as http:
+        for change in bodies:
+            for path, good in (("/v1/completions", OK), ("/v1/chat/completions", CHAT_OK)):
+                response = await http.post(path, json=changed(good, change))
+                assert response.status_code == 200, response.text
+                assert ('"usage":{' in response.text) is ("stream" not in change)  # null is absent, which is false
+
+
+@pytest.mark.parametrize("model", [BASE, "support-fr"])
+async def test_what_no_template_can_be_given(served, model):
+    """Neither the base's nor an adapter's own, which is rendered elsewhere."""
+    (served.adapters_dir / "support-fr" / "chat_template.jinja").write_text("{{ a }}{{ messages[0].name }}")
+    given = [(f'"chat_template_kwargs": {json.dumps(kwargs)}', "chat_template_kwargs") for kwargs in ODD_KWARGS]
+    given += [
+        (f'"chat_template_kwargs": {{"a": {number}}}', "chat_template_kwargs") for number in ("1e999", "[-1e999]")
+    ]
+    given += [('"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]', "messages[0].name")]
+    async with served.http() as http:
+        for path in ("/v1/chat/completions", "/tokenize"):
+            for fields, param in given:
+                good = json.dumps({**CHAT_OK, "model": model})
+                response = await http.post(
+                    path, content=f"{good[:-1]}, {fields}}}", headers={"content-type": "application/json"}
+                )
+                assert response.status_code == 400, response.text
+                assert response.json()["error"]["param"] == param
+    assert served.engine.added == []
+
+
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -271,6 +320,8 @@ async def test_non_finite_floats(served, number):
         (b'{"model": "\xff"}', "application/json", "invalid_json"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "application/json", "invalid_json"),
         (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "application/json", "invalid_json"),
+        (b'{"a": [' + b"[]," * (MAX_JSON_VALUES // 2) + b"[]]}", "application/json", "invalid_body"),
+        (b'{"a": [' + b"{}," * (MAX_JSON_VALUES // 2) + b"{}]}", "application/json", "invalid_body"),
         (b"[]", "application/json", "invalid_body"),
         (b"null", "application/json", "invalid_body"),
         (b'"text"', "application/json; charset=utf-8", "invalid_body"),
@@ -286,6 +337,22 @@ async def test_bad_bodies(served, content, kind, code):
             response = await http.post(path, content=content, headers=headers)
             assert response.status_code == 400, response.text
             assert response.json()["error"]["code"] == code
+
+
+def body_of_values(num_values: int) -> bytes:
+    return b'{"a":[' + b"1," * (num_values - 2) + b"1]}"
+
+
+async def test_the_number_of_values_in_a_body(served):
+    async with served.http() as http:
+        for route in ("/v1/completions", "/tokenize"):
+            headers = {"content-type": "application/json"}
+            allowed, refused = [
+                (await http.post(route, content=body_of_values(num), headers=headers)).json()["error"]["message"]
+                for num in (MAX_JSON_VALUES, MAX_JSON_VALUES + 1)
+            ]
+            assert "JSON values" not in allowed
+            assert str(MAX_JSON_VALUES) in refused and str(MAX_JSON_VALUES + 1) in refused
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])

@@ -98,7 +98,7 @@ async def test_a_closed_door_refuses_new_requests_and_lets_open_ones_end(served)
         for path in ("/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter"):
             refused = await http.post(path, json={"model": BASE, "prompt": "x"})
             assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
-            assert refused.json()["error"]["code"] == "overloaded"
+            assert refused.json()["error"]["code"] == (503 if "lora" in path else "overloaded")
         assert not open_one.done()
         assert served.state.door.num_inside == 1
         assert (await open_one).json()["choices"][0]["finish_reason"]
@@ -219,6 +219,17 @@ async def test_cors_is_off_unless_origins_are_given(served, tokenizer, tmp_path)
         preflight = await http.options("/v1/chat/completions", headers=asks)
         assert preflight.status_code == 200  # a browser sends no key with it
         assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        assert preflight.headers["x-request-id"]
+        answer = await http.get("/v1/models", headers={"origin": "https://a.example"})
+        exposed = {name.strip() for name in answer.headers["access-control-expose-headers"].split(",")}
+        assert answer.status_code == 401 and exposed == {"x-request-id", "x-multilora-image-key", "retry-after"}
+        for change in ({"origin": "https://b.example"}, {"access-control-request-method": "DELETE"}):
+            refused = await http.options("/v1/models", headers=asks | change | {"x-request-id": "mine"})
+            assert refused.status_code == 400 and refused.headers["x-request-id"] == "mine"
+            assert refused.headers["content-type"] == "application/json"
+            error = refused.json()["error"]
+            assert error.keys() == {"message", "type", "param", "code"} and error["code"] == "cors_refused"
+            assert ("origin" in error["message"].partition(":")[0]) is ("origin" in change)
         other = await http.get("/health", headers={"origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
 

@@ -59,6 +59,15 @@ async def test_every_field_of_the_bodies_is_described(spec):
         assert all(field for field in schema["properties"].values()), "a field without a schema says nothing"
 
 
+async def test_null_is_absent_in_options_and_load_bodies_too(spec):
+    schemas = spec["components"]["schemas"]
+    null = {"type": "null"}
+    assert null in schemas["StreamOptions"]["properties"]["include_usage"]["anyOf"]
+    for name in ("LoadLoraAdapterRequest", "UnloadLoraAdapterRequest"):
+        assert all(null in field["anyOf"] for field in schemas[name]["properties"].values())
+        assert schemas[name].get("additionalProperties", True) is True
+
+
 async def test_token_ids_are_bounded_by_the_vocabulary(served, spec):
     stop_ids = spec["components"]["schemas"]["ChatRequest"]["properties"]["stop_token_ids"]
     assert stop_ids["anyOf"][0]["items"]["maximum"] == served.engine.vocab_size - 1

@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from server.api.params import SamplingDefaults, read_sampling_defaults
+from server.api.schemas import MAX_PROMPT_IDS
 from server.engine.messages import RequestError
 from server.errors import ConfigError
 from tests.api.conftest import BASE, serve
@@ -145,7 +146,7 @@ async def test_a_text_that_no_context_holds_is_refused_before_it_is_tokenized(se
     monkeypatch.setattr(tokenizer, "encode", lambda *_, **__: pytest.fail("tokenized"))
     bodies = [
         ("/v1/completions", {"model": BASE, "prompt": "x" * (max_chars + 1)}, "prompt"),
-        ("/v1/completions", {"model": BASE, "prompt": [[5] * (1 << 20) + [5]]}, "prompt"),
+        ("/v1/completions", {"model": BASE, "prompt": [[5] * (MAX_PROMPT_IDS + 1)]}, "prompt"),
         ("/v1/chat/completions", {"model": BASE, "messages": [{"role": "user", "content": "x"}] * 5000}, "messages"),
     ]
     async with served.http() as http:

@@ -17,6 +17,7 @@ from adapters_store.errors import (
     AdapterUnavailable,
     AdapterUnsupported,
 )
+from server.api.door import DRAINING_RETRY_AFTER_S
 from server.api.pins import Pins
 from server.engine.messages import SlotChange
 from tests.api.conftest import BASE, add_adapter, serve
@@ -190,10 +191,11 @@ async def test_a_path_without_an_adapter_is_404(served, path):
         ({"lora_name": "x"}, ["must be provided"]),
         ({"lora_path": "team/sql"}, ["must be provided"]),
         ({"lora_name": 1, "lora_path": "team/sql"}, ["lora_name"]),
-        ({"lora_name": "x", "lora_path": None}, ["lora_path"]),
-        ({"lora_name": "x", "lora_path": "y", "wish": 1}, ["wish"]),
+        ({"lora_name": "x", "lora_path": None}, ["Both 'lora_name' and 'lora_path' must be provided."]),
+        ({"lora_name": None, "lora_path": "team/sql"}, ["Both 'lora_name' and 'lora_path' must be provided."]),
+        ({"lora_name": "x", "lora_path": "team/sql", "load_inplace": 1}, ["load_inplace"]),
+        ({"lora_name": "x", "lora_path": "team/sql", "base_model_name": 5}, ["base_model_name"]),
         ({"lora_name": "x", "lora_path": "y", "is_3d_lora_weight": True}, ["is_3d_lora_weight"]),
-        ({"lora_name": "x", "lora_path": "team/sql", "base_model_name": "other"}, [BASE]),
         ({"lora_name": BASE, "lora_path": "team/sql"}, ["the base model's"]),
         ({"lora_name": "base-alias", "lora_path": "team/sql"}, ["the base model's"]),
         ({"lora_name": "a:b", "lora_path": "team/sql"}, ["a:b"]),
@@ -221,6 +223,19 @@ async def test_bodies_that_are_no_json(served):
 
 async def test_the_base_may_be_named(served):
     assert (await load(served, "q", "team/sql", base_model_name=BASE, is_3d_lora_weight=False)).status_code == 200
+
+
+async def test_what_other_controllers_send_is_taken(served, caplog):
+    """Keys that vLLM does not know either, nulls, and a base under a name that is not ours."""
+    more = {"pinned": True, "wish": [1], "load_inplace": None, "is_3d_lora_weight": None, "base_model_name": None}
+    assert (await load(served, "q", "team/sql", **more)).status_code == 200
+    assert caplog.messages == []
+    assert (await load(served, "r", "team/sql", base_model_name="other/\nbase")).status_code == 200
+    (said,) = caplog.messages
+    assert "'r'" in said and "'other/\ufffdbase'" in said and BASE in said
+    assert (await load(served, "q", "support-fr", load_inplace=None)).status_code == 400
+    assert (await unload(served, "q", wish=1, lora_int_id=None)).status_code == 200
+    check_error(await unload(served, None), 400, "InvalidUserInput", "'lora_name' needs to be provided")
 
 
 async def test_a_dead_engine_loads_nothing(served):
@@ -284,8 +299,19 @@ async def test_the_key_is_asked_for(tokenizer, adapters_dir):
         serve(tokenizer, adapters_dir, may_load_adapters=True, api_keys=("s3cret",)) as served,
         served.http() as http,
     ):
-        for method, route in (("POST", LOAD), ("POST", UNLOAD), ("GET", "/v1/adapters")):
-            assert (await http.request(method, route, json={})).status_code == 401
+        assert (await http.get("/v1/adapters")).status_code == 401
+        for route in (LOAD, UNLOAD):
+            refused = await http.post(route, json={})
+            check_error(refused, 401, "AuthenticationError", "API key")
+            assert refused.headers["www-authenticate"] == "Bearer"
+
+
+async def test_a_draining_server_says_so_in_both_forms(served):
+    served.state.door.close()
+    for refused in (await load(served, "q", "team/sql"), await unload(served, "q")):
+        check_error(refused, 503, "ServiceUnavailableError", "shutting down")
+        assert int(refused.headers["retry-after"]) == DRAINING_RETRY_AFTER_S
+    assert served.store.ensured == []
 
 
 # --- the listing ----------------------------------------------------------------------------------------

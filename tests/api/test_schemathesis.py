@@ -72,7 +72,7 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
         if "max_tokens" in fields:
             fields["max_tokens"] = {"type": "integer", "minimum": 1, "maximum": 40}
             fields["n"] = {"allOf": [fields["n"], {"maximum": 3}]}
-            schema["required"] = [*schema["required"], "max_tokens"]
+            schema["required"] = [*schema["required"], "max_tokens", "stream"]  # or streams are rare
         if "messages" in fields:
             fields["messages"] = {**fields["messages"], "maxItems": 1}
     return document

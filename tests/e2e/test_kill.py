@@ -9,12 +9,13 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import time
 
 import httpx
 import pytest
 
-from tests.e2e.tiny_server import Load, TinyServer, World, tiny_server, until_gone
+from tests.e2e.tiny_server import END_S, Load, TinyServer, World, tiny_server, until_gone
 
 ROUNDS = range(int(os.environ.get("MULTILORA_KILL_ROUNDS", "1")))
 NUM_CLIENTS = 24
@@ -155,11 +156,14 @@ async def _drain(server: TinyServer, world: World) -> None:
 
 
 def test_an_engine_that_hangs(world):
-    """Health turns red, and green again when it goes on; SIGTERM cuts what it holds at the deadline, with status 0."""
+    """Health turns red and requests get 503; green again when it goes on; SIGTERM with a request in it: status 0."""
     with tiny_server(world, "--shutdown-timeout", "0.5", "--engine-stall-timeout", "1.5") as server:
         pid = server.pid("engine")
         os.kill(pid, signal.SIGSTOP)
         assert until_health(server, 503) == "engine_stalled"
+        ask = {"model": "base", "prompt": "x", "max_tokens": 2}
+        refused = httpx.post(f"{server.url}/v1/completions", json=ask, timeout=10)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_stalled"
         os.kill(pid, signal.SIGCONT)
         assert until_health(server, 200) == "ok"
         os.kill(pid, signal.SIGSTOP)
@@ -167,7 +171,7 @@ def test_an_engine_that_hangs(world):
         with httpx.Client(timeout=30) as http:
             request = http.build_request("POST", f"{server.url}/v1/completions", json=body)
             answer = asyncio.run(_send_and_stop(http, request, server))
-        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_dead"
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_stalled"
         assert server.exit_code == 0
         until_gone([pid])
 
@@ -186,6 +190,23 @@ async def _send_and_stop(http: httpx.Client, request: httpx.Request, server: Tin
     await asyncio.sleep(0.3)
     server.process.send_signal(signal.SIGTERM)
     return await asking
+
+
+def test_sigterm_does_not_wait_for_a_body(world):
+    """A request of which half has come is told so at once, and the process ends long before the deadline."""
+    with tiny_server(world, "--shutdown-timeout", "3600") as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=END_S) as sock:
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            sock.sendall(f'{head}content-length: 500\r\n\r\n{{"model":'.encode())
+            assert until_health(server, 200) == "ok"  # so that it has been taken
+            server.process.send_signal(signal.SIGTERM)
+            answer = b""
+            while piece := sock.recv(4096):
+                answer += piece
+        assert answer.startswith(b"HTTP/1.1 503 ") and b'"overloaded"' in answer and b"connection: close" in answer
+        assert server.exit_code == 0
+        assert [line["status"] for line in server.lines() if line["route"] == "/v1/completions"] == [503]
 
 
 def test_a_second_signal_ends_it_at_once(world):

@@ -197,7 +197,6 @@ def test_names_with_the_same_bytes_are_each_told():
     world.check_ended()
 
 
-
 # --- the bound on a step's adapters ------------------------------------------------------------------------
 
 

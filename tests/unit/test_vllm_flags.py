@@ -45,6 +45,13 @@ def test_forms_of_a_module():
     assert parse_lora_modules([], ["base"]) == ()
 
 
+def test_another_base_of_a_module_is_said_and_taken(caplog):
+    given = ['{"name": "a", "path": "x", "base_model_name": "other"}', '{"name": "b", "path": "y"}']
+    assert parse_lora_modules(given, ["base"]) == (("a", "x"), ("b", "y"))
+    (said,) = caplog.messages
+    assert "a:" in said and "'other'" in said and "'base'" in said
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
@@ -56,7 +63,6 @@ def test_forms_of_a_module():
         ("{", "JSON|truncated|malformed"),
         ('{"name": "a"}', "path"),
         ('{"name": "a", "path": "x", "wish": 1}', "wish"),
-        ('{"name": "a", "path": "x", "base_model_name": "other"}', "other"),
         ('[{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]', "twice"),
     ],
 )
