@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -58,6 +58,24 @@ class Oracle:
                     key = content.name if content else None
                     answers[key, index] = greedy_tokens(oracle, prompt, num_tokens)
         return cls(zoo, texts, answers, num_tokens)
+
+    def alone(self, base: Path, cache: Path, **config: object) -> Oracle:
+        """The same with our own engine's answers in `config`, one request at a time and nothing kept between them.
+
+        For the native bf16 pass, whose bits don't depend on the batch: a storm may change no token of it.
+        """
+        driver = Driver(base, self.contents[0].path.parent, cache, enable_prefix_cache=False, **config)
+        params = SamplingParams(max_tokens=self.num_tokens, temperature=0.0, ignore_eos=True)
+        answers = {}
+        for content, prompt in self.answers:
+            request = driver.submit(self.prompts[prompt], content, params)
+            answers[content, prompt] = driver.finish([request])[request].token_ids
+        driver.close()
+        return replace(self, answers=answers)
+
+    def agreement(self, other: Oracle) -> float:
+        """The share of answers whose first token is the other's too."""
+        return sum(answer[0] == other.answers[key][0] for key, answer in self.answers.items()) / len(self.answers)
 
     @property
     def share_distinct(self) -> float:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from server.config import available_cpus
 from server.demo import ensure_demo_base
 from server.engine.messages import SamplingParams
+from server.model.forward import NativeForward
 from tests.e2e.isolation import Oracle, World, one_thread
 from tests.zoo import tiny_base
 
@@ -51,6 +52,26 @@ def test_two_thousand_requests(tiny, tmp_path):
     print(counts, stats)
     assert counts.wrong == 0, counts
     # it was the storm it claims to be
+    assert counts.compared > 1500 and counts.aborted > 50 and counts.failed < 200, counts
+    assert counts.replacements > 20 and counts.unloads > 20 and counts.removals > 5, counts
+    assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
+
+
+def test_two_thousand_requests_in_bf16(tiny, tmp_path):
+    """The native pass: each answer bit for bit what the same request gets alone, which is PEFT's but for near-ties."""
+    base, exact = tiny
+    config = {"dtype": "bfloat16", "threads": 1, "backend": "cpu"}
+    oracle = exact.alone(base, tmp_path / "alone", **config)
+    assert oracle.agreement(exact) > 0.9 and oracle.share_distinct > 0.9
+    halves = {"adapter_memory": 4 * 48 * 1024, "kv_memory": 64 * 4 * (2 * 2 * 2 * 16 * 2)}
+    world = tiny_world((base, oracle), tmp_path, seed=4, **config, **halves)
+    assert isinstance(world.driver.core._runner._forward, NativeForward)
+    counts = world.run(2000, max_open=32)
+    stats = world.driver.core.step().stats
+    world.driver.assert_nothing_leaked()
+    world.close()
+    print(counts, stats)
+    assert counts.wrong == 0, counts
     assert counts.compared > 1500 and counts.aborted > 50 and counts.failed < 200, counts
     assert counts.replacements > 20 and counts.unloads > 20 and counts.removals > 5, counts
     assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
