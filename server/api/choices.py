@@ -131,9 +131,9 @@ class Choice:
                     part = self._take(event, hold)
                     if not self.is_told.is_set():
                         part = await self._first(part)
-                    reason = part.delta.finish_reason or reason
                     yield part
                     if part.delta.finish_reason is not None:
+                        reason = part.delta.finish_reason  # the reader came back: it has been handed on whole
                         return
             raise EngineDead("The engine ended this request without saying why.")
         except (RequestFailed, EngineDead):

@@ -294,7 +294,7 @@ async def _impatient(engine: AsyncEngine, request: AddRequest, rng: random.Rando
 async def test_exactly_one_terminal_event_under_random_aborts(seed):
     rng = random.Random(1000 + seed)
     async with serving(step_s=0.0005) as engine:
-        requests = [make_request(f"{seed}-{i}", max_tokens=rng.randrange(1, 20)) for i in range(300)]
+        requests = [make_request(f"{seed}-{i}", max_tokens=rng.randrange(1, 300)) for i in range(300)]
         readings = [asyncio.create_task(_impatient(engine, request, rng)) for request in requests]
         cancelled = set(rng.sample(range(300), 60))
         for i in cancelled:

@@ -116,7 +116,7 @@ def test_nothing_is_taken_from_the_prefix_cache(base: Path, driver: Driver) -> N
 @pytest.mark.parametrize("has_prefix_cache", [True, False])
 def test_preemption_tells_nothing_twice(base: Path, cache: Path, has_prefix_cache: bool) -> None:
     """Too few blocks for all: requests are preempted in mid-answer, computed anew, and told of once."""
-    blocks = 13 * 2 * 3 * 16 * 2 * 16 * 4  # k and v, layers, positions, heads, head_dim, fp32
+    blocks = 11 * 2 * 3 * 16 * 2 * 16 * 4  # k and v, layers, positions, heads, head_dim, fp32
     driver = drive(base, cache, kv_memory=blocks, enable_prefix_cache=has_prefix_cache)
     prompts = random_prompts(5, 320, seed=3, lengths=(20, 45))
     names = [None, HEAD, None, HEAD, None]
