@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import NamedTuple
 
 import torch
 
 from kernels.cpu.attention import PagedAttention
 from kernels.cpu.build import load
+from kernels.cpu.check import is_right
 from kernels.cpu.library import Library
 from kernels.cpu.lora import Lora
 from kernels.types import AttentionMetadata, Segments, SiteGroup, SlotWeights
+
+log = logging.getLogger(__name__)
 
 __all__ = ["is_available", "library", "paged_attention", "segmented_embedding", "segmented_lora", "write_kv"]
 
@@ -26,8 +30,16 @@ class _Native(NamedTuple):
 
 @functools.cache
 def library() -> Library | None:
-    """The process's library of native kernels, loaded (or built) at the first call; None where there is none."""
-    return load()
+    """The process's library of native kernels, loaded (or built) at the first call; None where there is none.
+
+    One that computes wrongly on this processor is told of and not used; without tiles it is tried again.
+    """
+    found = load()
+    while found is not None and not is_right(found):
+        fallback = "avx512" if found.level == "amx" else "none"
+        log.error("native CPU kernels: level %s computes wrongly on this processor; %s instead", found.level, fallback)
+        found = load(fallback)
+    return found
 
 
 def is_available() -> bool:

@@ -134,7 +134,7 @@ def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         if not _is_whole(path):
-            log.info("building the native CPU kernels at level %s; it takes about half a minute, once", level)
+            log.info("building the native CPU kernels at level %s: some seconds, once", level)
             _build(compiler, level, sources, path)
     try:
         return Library(path, level)
