@@ -16,7 +16,7 @@ _TOLERANCE = 0.02  # of the largest value: bf16 rounds at 0.004, a wrong tile is
 
 
 def is_right(library: Library) -> bool:
-    """Whether a product and an attention prefill come out as torch's do; takes milliseconds."""
+    """Whether products, an attention prefill and a decode come out as torch's do; takes milliseconds."""
     generator = torch.Generator().manual_seed(0)
     return all(_multiplies(library, rows, generator) for rows in _ROWS) and _attends(library, generator)
 
@@ -28,15 +28,22 @@ def _multiplies(library: Library, rows: int, generator: torch.Generator) -> bool
 
 
 def _attends(library: Library, generator: torch.Generator) -> bool:
-    """40 query rows of one request over their own 40 keys, two heads to a KV head."""
+    """40 query rows of one request over their own 40 keys, two heads to a KV head; then the last row alone."""
     rows, block = 40, 16
     q, k, v = (torch.randn(rows, heads, 64, generator=generator).to(torch.bfloat16) for heads in (4, 2, 2))
     slots = torch.arange(block, block + rows)
     k_cache, v_cache = (torch.zeros(5, block, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     torch_backend.write_kv(k, v, k_cache, v_cache, slots)
-    meta = AttentionMetadata(0, [0, rows], [rows], np.array([[1, 2, 3]], np.int32), slots, block)
+    table = np.array([[1, 2, 3]], np.int32)
+    prefill = AttentionMetadata(0, [0, rows], [rows], table, slots, block)
+    decode = AttentionMetadata(1, [0, 1], [rows], table, slots[-1:], block)
     ours, right = (
-        attend(q, k_cache, v_cache, meta, scale=0.125, sliding_window=None, softcap=None)
+        torch.cat(
+            [
+                attend(queries, k_cache, v_cache, meta, scale=0.125, sliding_window=None, softcap=None)
+                for queries, meta in ((q, prefill), (q[-1:], decode))
+            ]
+        )
         for attend in (PagedAttention(library).paged_attention, torch_backend.paged_attention)
     )
     return _is_close(ours, right)

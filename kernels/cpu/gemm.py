@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from kernels.cpu.library import Library
+from kernels.memory import lazy_zeros
 
-_HUGE_PAGE = 2 << 20
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -134,11 +133,8 @@ class PackedWeight:
 
 
 def aligned_empty(elements: int) -> torch.Tensor:
-    """bf16 [elements] on pages of its own: huge ones where it is large and the system has some to give."""
-    memory = mmap.mmap(-1, max(elements * 2, 1))
-    if elements * 2 >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.bfloat16, count=elements)
+    """bf16 [elements] on pages of its own."""
+    return lazy_zeros(2 * elements).view(torch.bfloat16)
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

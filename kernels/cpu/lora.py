@@ -64,6 +64,7 @@ class FlatSegments:
     struct: LoraSegments
     num_members: int
     member_rows: int  # sum over segments of rows times members
+    slots: frozenset[int]
 
     def is_of(self, segments: Segments) -> bool:
         return self.starts == segments.starts and self.ends == segments.ends and self.members == segments.members
@@ -74,16 +75,24 @@ class LoraWeights:
     """What the calls over one arena share; lives in `SlotWeights.scratch`."""
 
     version: int = -1
-    max_stride: int = 0  # the largest padded rank in the table, as of `version`
+    known: set[int] = field(default_factory=set)  # slots whose padded ranks are at most max_stride, as of `version`
+    max_stride: int = 0  # never falls: the memory doesn't either
     memory: npt.NDArray[np.uint16] = field(default_factory=lambda: np.empty(0, np.uint16))
     calls: dict[tuple[int, ...], tuple[SiteGroup, LoraGroup, _LoraArgs]] = field(default_factory=dict)
     """by SiteGroup.rows"""
 
     def scratch(self, weights: SlotWeights, flat: FlatSegments, slices: int) -> tuple[int, int]:
-        """Address and elements of the memory between the phases, enough for `flat` at a site of `slices` slices."""
+        """Address and elements of the memory between the phases, enough for `flat` at a site of `slices` slices.
+
+        Of the table only the rows of `flat`'s slots are read, and those once per version: it may be large.
+        """
         if self.version != weights.version:
-            self.max_stride = int(weights.table[..., STRIDE].max())
+            self.known.clear()
             self.version = weights.version
+        if not flat.slots <= self.known:
+            strides = weights.table.numpy()[list(flat.slots), :, STRIDE]
+            self.max_stride = max(self.max_stride, int(strides.max()))
+            self.known |= flat.slots
         elements = slices * (flat.member_rows * (-(-self.max_stride // 32) * 32) + 32 * flat.num_members)
         if elements + _ALIGNMENT > len(self.memory):
             self.memory = np.empty(2 * elements + _ALIGNMENT, np.uint16)
@@ -182,6 +191,7 @@ def _flatten(segments: Segments) -> FlatSegments:
     )
     lengths = (end - start for start, end in zip(segments.starts, segments.ends, strict=True))
     member_rows = sum(rows * len(members) for rows, members in zip(lengths, segments.members, strict=True))
+    slots = frozenset(slot for slot, _ in flat)
     return FlatSegments(
-        segments.starts.copy(), segments.ends.copy(), segments.members.copy(), struct, len(flat), member_rows
+        segments.starts.copy(), segments.ends.copy(), segments.members.copy(), struct, len(flat), member_rows, slots
     )

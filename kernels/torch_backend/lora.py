@@ -3,7 +3,7 @@
 Segments of one step that look alike (row count, up to 64, and ranks) run as one batched product over their
 weights, gathered for the moment: on a CPU a 16-bit product costs some 20 us whatever its size, so 32
 segments of one row pay 64 of those in a loop and 2 here. A packed projection's slices share the first
-product: v = x [Aq; Ak; Av]^T. A lone segment is not gathered. `python -m loadtest.kernel_bench`
+product: v = x [Aq; Ak; Av]^T. A lone segment is not gathered. `multilora bench kernels`
 measures both.
 
 Rounding in 16 bit: v = A x is rounded once, then y + B v is summed in fp32 and rounded once. Through the

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import torch
+
+from kernels.memory import lazy_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class KVCache:
 
 
 def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """uint8 [num_bytes] of zeros, page-aligned; on the CPU, pages that the OS hands out at first touch."""
+    """uint8 [num_bytes] of zeros, page-aligned."""
     if device.type != "cpu":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+    return lazy_zeros(num_bytes)

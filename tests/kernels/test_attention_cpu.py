@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.kernels.test_lora import same_bits
 
 LEVELS = [level for level in build.LEVELS if build.is_supported(level)]
 HEADS = [(6, 2, 16), (4, 4, 32), (2, 1, 48), (9, 3, 64), (14, 2, 64), (4, 1, 80), (8, 1, 96), (4, 2, 128), (2, 1, 256)]
+GROUPS = [(group, 1, 64) for group in range(2, 14)]
 OPTIONS = [{}, {"window": 5}, {"window": 64, "softcap": 3.0}, {"softcap": 20.0, "has_sinks": True}]
 
 
@@ -55,6 +57,14 @@ def part_of(case: AttentionCase, request: int, first: int, count: int) -> tuple[
     return AttentionMetadata(int(count == 1), [0, count], [context], tables, slots, meta.block_size), rows
 
 
+def decoding(case: AttentionCase, rows: list[int]) -> AttentionCase:
+    """A step that decodes these rows of a case's only request, prefilled from position 0, side by side."""
+    tables = np.repeat(case.meta.block_tables, len(rows), axis=0)
+    contexts, starts = [row + 1 for row in rows], list(range(len(rows) + 1))
+    meta = AttentionMetadata(len(rows), starts, contexts, tables, case.meta.slot_mapping[rows], case.meta.block_size)
+    return dataclasses.replace(case, q=case.q[rows], meta=meta)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_matches_fp64(attention, heads, options):
@@ -78,6 +88,23 @@ def test_bits_depend_on_the_row_alone(attention, options, monkeypatch):
         for first, rows in ((0, count), (0, 1), (count // 2, 1), (count // 3, count - count // 3), (count - 1, 1)):
             meta, at = part_of(case, request, first, rows)
             assert same_bits(run(attention, case, meta, at), together[at])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("heads", [*HEADS, *GROUPS], ids=str)
+def test_a_decoded_row_is_its_row_of_the_prefill(attention, heads, options, monkeypatch):
+    """Bit for bit, at every border of panels, pairs and chunks, and whatever lies where it does not look."""
+    monkeypatch.setitem(CONTEXTS, "whole", ([], [(273, 273)]))
+    for block_size in (16, 6):
+        case = attention_case("whole", torch.bfloat16, heads, block_size=block_size, **options)
+        prefilled = run(attention, case)
+        rows = [0, 1, 14, 15, 16, 17, 31, 32, 47, 48, 100, 255, 256, 272]
+        assert same_bits(run(attention, decoding(case, rows)), prefilled[rows])
+        last, blocks = decoding(case, [272]), case.meta.block_tables[0]
+        for position in range(273 - (options.get("window") or 273)):
+            at = blocks[position // block_size], position % block_size
+            last.k_cache[at] = last.v_cache[at] = torch.nan
+        assert same_bits(run(attention, last), prefilled[272:])
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -12,7 +12,7 @@ from kernels.cpu.lora import Lora, LoraWeights, lora_segments
 from kernels.types import STRIDE, Segments, SiteGroup
 from tests.kernels.builders import DTYPES, POPULARITIES, RANKS, SHAPES, ArenaBuilder, LoraCase, lora_case, pairwise
 from tests.kernels.test_lora import run, same_bits
-from tests.kernels.test_lora_edges import make_case, plain
+from tests.kernels.test_lora_edges import assert_exact, make_case, plain, two_adapters
 
 LEVELS = [level for level in ("portable", "avx512") if build.is_supported(level)]
 CASES = list(pairwise(popularity=POPULARITIES, ranks=tuple(RANKS), shape=tuple(SHAPES), phase=("mixed", "prefill")))
@@ -126,6 +126,20 @@ def test_a_padded_rank_that_is_none_is_refused(lora):
     with pytest.raises(RuntimeError, match="multiple of 8"):
         lora.segmented_lora(y, case.x, case.weights, case.group, case.segments)
     assert same_bits(y, case.y)
+
+
+def test_the_scratch_memory_follows_the_step_s_slots_alone(lora):
+    """Of a table of thousands of slots a step reads its own; a larger rank that comes into one of them is seen."""
+    case = make_case(two_adapters(torch.bfloat16, ranks=(3, 8)), plain((0, 5, 1), (5, 6, 2)))
+    case.weights.table[3, :, STRIDE] = 1 << 40  # nobody's: its memory would be terabytes
+    assert_exact(lora, case)
+    larger = two_adapters(torch.bfloat16, ranks=(64, 8))
+    case.weights.table.copy_(larger.weights().table)
+    case.weights.arena = larger.weights().arena
+    case.weights.version += 1
+    case.weights.scratch["cpu"].calls.clear()  # they have the former arena's address
+    case.dense = larger.dense
+    assert_exact(lora, case)
 
 
 def test_segments_are_flattened_once_and_again_when_they_change():

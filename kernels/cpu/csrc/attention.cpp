@@ -4,12 +4,15 @@
 //
 // Chunks start at multiples of kChunk positions whatever the tile, so a row's bits depend on its own query and
 // keys alone: not on its neighbours, on how a prompt is cut into steps, or on the number of threads. A request with
-// one row is split over its chunks too; their parts meet in scratch and are merged in the same order.
+// one row is split over its chunks too; their parts meet in scratch and are merged in the same order. Its few rows
+// are not worth packing: attention_rows.h has its products, with the same sums.
 #include "attention.h"
 
 #include <cstdlib>
 #include <limits>
+#include <vector>
 
+#include "attention_rows.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -167,6 +170,7 @@ public:
         const int64_t begin = keys.lo / kTileKeys * kTileKeys, end = rounded_up(keys.hi, kTileKeys);
         const int64_t rows = tile.count * group, panels = (end - begin) / kPanel;
         const int64_t* offsets = locate(tile.request, chunk);
+        if (is_direct(tile)) return attend_row(tile, offsets, keys);
         read_ahead(next, next_chunk, rows, panels);
         for (int64_t key = begin; key < end; key += kPanel) {
             pack_keys(offsets, tile.kv_head, key, keys);
@@ -192,6 +196,35 @@ public:
             pack_values(offsets, tile.kv_head, begin, end, keys_of(one_query(tile, query), chunk));
             weigh_values(query * group, group, begin, end);
         }
+    }
+
+    bool is_direct(const Tile& tile) const { return tile.count == 1 && group <= direct::kMaxRows; }
+
+    // The same for a tile of one query: its keys and values are read once, where they lie.
+    void attend_row(const Tile& tile, const int64_t* offsets, Span seen) {
+        const int64_t begin = seen.lo / kPanel * kPanel, end = rounded_up(seen.hi, kPanel);
+        const int64_t panels = (end - begin) / kPanel, width = a.head_dim;
+        const bf16* keys[kChunk];
+        const bf16* values[kChunk];
+        for (int64_t key = begin; key < end; ++key) {
+            keys[key] = row_of(a.k_cache, offsets, tile.kv_head, key, seen);
+            values[key] = row_of(a.v_cache, offsets, tile.kv_head, key, seen);
+        }
+        coming.begin(panels * (width / 16), panels * 8 * (width + 16) / 32);
+        direct::score(group, keys + begin, panels, width, work.queries, depth, work.scores + begin, kChunk, coming);
+        for (int64_t row = 0; row < group; ++row) softmax(row, seen, begin, end);
+        direct::weigh(group, values + begin, panels * 8, width, work.probs + begin, kChunk, work.part, width, coming);
+    }
+
+    // Work on `items` items of `tile` and chunk, which differ in their KV heads, begins; `next`, or null, is the first
+    // of others. Rows of all KV heads of a key lie side by side and are fetched together.
+    void look_ahead(const Tile& tile, int64_t chunk, int64_t items, const Item* next) {
+        if (!next || !is_direct(tile)) return coming.stop();
+        locate(tile.request, chunk);  // and keep it: the next place taken is the other
+        const int64_t next_chunk = first_chunk(*next);
+        const Span keys = keys_of(next->tile, next_chunk);
+        coming.start(a.k_cache, a.v_cache, locate(next->tile.request, next_chunk) + keys.lo, keys.hi - keys.lo,
+                     a.kv_heads * a.head_dim, items);
     }
 
     void load_queries(const Tile& tile) {
@@ -419,7 +452,8 @@ private:
 
     const int64_t depth;
     Workspace work;
-    ReadAhead ahead;
+    ReadAhead ahead;       // of tiles
+    direct::Ahead coming;  // of single rows
     Places kept[2];
     int latest = 0;
 };
@@ -461,6 +495,23 @@ void clear_rows(const Team& team, const AttentionArgs& args) {
             std::memset(args.out + row * args.out_row_stride + head * args.out_head_stride, 0, args.head_dim * 2);
 }
 
+thread_local std::vector<Item> thread_items;  // kept between calls for its memory
+
+void run_all(Attention& attention, const std::vector<Item>& items) {
+    const size_t count = items.size();
+    for (size_t first = 0, end = 0; first < count; first = end) {  // [first, end): the same keys, other KV heads
+        const Item& item = items[first];
+        const auto is_beside = [&](const Item& other) {
+            return other.tile.request == item.tile.request && other.tile.first == item.tile.first &&
+                   other.chunk == item.chunk;
+        };
+        for (end = first + 1; end < count && is_beside(items[end]); ++end) {}
+        attention.look_ahead(item.tile, attention.first_chunk(item), static_cast<int64_t>(end - first),
+                             end < count ? &items[end] : nullptr);
+        for (size_t i = first; i < end; ++i) attention.run(items[i], i + 1 < count ? &items[i + 1] : nullptr);
+    }
+}
+
 }  // namespace
 
 int64_t attention_scratch_bytes(const AttentionArgs& args) {
@@ -481,19 +532,14 @@ void paged_attention(const Team& team, const AttentionArgs& args) {
     for_each_item(attention, [&](const Tile&, int64_t, int64_t, int64_t, int64_t cost) { total += cost; });
     const int64_t begin = total * team.tid / team.size, end = total * (team.tid + 1) / team.size;
     const int64_t part = args.heads * attention.part_floats();
-    Item item{};  // found, and run once the one after it is known
-    bool is_found = false;
+    std::vector<Item>& items = thread_items;
+    items.clear();
     for_each_item(attention, [&](const Tile& tile, int64_t chunk, int64_t i, int64_t chunks, int64_t cost) {
-        if (done >= begin && done < end) {
-            const Item found{tile, chunk, args.scratch + (split + i) * part};
-            if (is_found) attention.run(item, &found);
-            item = found;
-            is_found = true;
-        }
+        if (done >= begin && done < end) items.push_back({tile, chunk, args.scratch + (split + i) * part});
         done += cost;
         if (chunks > 1 && i == chunks - 1 && tile.kv_head == args.kv_heads - 1) split += chunks;
     });
-    if (is_found) attention.run(item, nullptr);
+    run_all(attention, items);
     if (split == 0) return;
     team.wait();
     split = 0;

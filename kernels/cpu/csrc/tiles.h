@@ -42,7 +42,7 @@ inline void store_probs(bf16* to, Floats a) {
 
 // Columns [0, 16) of 16 rows -> 8 registers, register i with the pair 2 i, 2 i + 1 of every row: the 4 x 4 transposes
 // of dwords within lanes, after loads that put rows r and r + 4 side by side.
-inline void transpose_half(const bf16* const (&rows)[kPanel], int64_t column, __m512i (&pairs)[8]) {
+inline void transpose_half(const bf16* const* rows, int64_t column, __m512i (&pairs)[8]) {
     const auto half = [&](int row) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[row] + column)); };
     __m512i columns[2][4];  // of rows 0 to 7, of rows 8 to 15
     for (int group = 0; group < 2; ++group) {
