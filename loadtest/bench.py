@@ -1,14 +1,15 @@
 """`multilora bench`: the figures of docs/benchmarks.md. Ratios and limits are taken in the same run.
 
 throughput   32 concurrent requests over HTTP, with 32 adapters and without, alternating
-step         what 32 adapters add to a decode step, against their bytes at the measured bandwidth
+step         what 32 adapters add to a decode step, against their bytes at the measured bandwidth; where its time goes
 memory       resident memory of the API and the engine process
-cold         request to first token for an adapter never seen, by phase
+cold         first token of the base, of warm adapters of each --rank, and of ones never seen, by phase
 scrape       what a GET /metrics costs
 streams      what open streams cost the API process: memory of one, CPU time of a token, its share of a step
 
-Three more take options of their own (--help): `serve`, a load test of any server; `compare`, its result files side by
-side; `peers`, ours and other servers in turns.
+Five more take options of their own (--help): `serve`, a load test of any server; `compare`, its result files side by
+side; `peers`, ours and other servers in turns; `catalog`, 1,000 registered adapters against 32, and real mixes;
+`kernels`, each native kernel against torch and the machine's limits.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.table import number, rows_table
 from server.config import default_cache_dir
 
 console = Console()
 
-COMMANDS = ("serve", "compare", "peers")
+COMMANDS = ("serve", "compare", "peers", "catalog", "kernels")
 
 
 @dataclass
@@ -40,11 +42,15 @@ class Workload:
 
     model: Path
     num_adapters: int = 32
-    rank: int = 16
+    ranks: tuple[int, ...] = (16,)  # `cold` measures each, the other parts take the first
     prompt_tokens: int = 128
     output_tokens: int = 64
     repeats: int = 3
-    results: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """Of the adapters, where all have the same."""
+        return self.ranks[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("part", nargs="*", help=f"any of {', '.join(parts)}; default all")
     parser.add_argument("--model", type=Path, help="a local base; default the demo base")
     parser.add_argument("--num-adapters", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="several for `cold`; the others: the first")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(arguments)
@@ -85,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workload = Workload(
         model=options.model or ensure_demo_base(default_cache_dir()),
         num_adapters=options.num_adapters,
-        rank=options.rank,
+        ranks=tuple(options.rank),
         repeats=options.repeats,
     )
     figures: dict[str, object] = {"machine": f"{platform.machine()}, {platform.platform()}"}
@@ -111,11 +117,16 @@ def _compare_with_peers(folder: Path) -> None:
 
 
 def _print(name: str, figures: object) -> None:
-    table = Table(title=name, show_header=False)
+    """Figures with labels; a mapping among them is a table of its own: columns by row."""
     assert isinstance(figures, dict)
+    table = Table(title=name, show_header=False)
     for label, value in figures.items():
-        table.add_row(str(label), f"{value:.4g}" if isinstance(value, float) else str(value))
+        if not isinstance(value, dict):
+            table.add_row(str(label), number(value))
     console.print(table)
+    for label, rows in figures.items():
+        if isinstance(rows, dict):
+            console.print(rows_table(str(label), rows))
 
 
 if __name__ == "__main__":

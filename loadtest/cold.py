@@ -1,10 +1,13 @@
-"""From request to first token for adapters that the server has never seen, by phase."""
+"""From request to first token on an idle server: the base, warm adapters, and adapters never seen, by phase."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,28 +20,71 @@ if TYPE_CHECKING:
     from loadtest.bench import Workload
 
 PHASES_HEADER = {"x-multilora-phases": "1"}
+NUM_COLD = 12  # adapters of each rank
+NUM_WARM = 12  # rounds of the base and of each rank in turn, times `repeats`
 
 
 def measure_cold(workload: Workload, folder: Path) -> dict[str, object]:
-    """Each adapter's first request, alone on an idle server, then the same request warm; medians."""
-    names = prepare_adapters(workload, folder)
-    cold: list[dict[str, float]] = []
-    warm: list[float] = []
+    """Each adapter's first request, then rounds of requests for the base and a warm adapter of each rank; medians."""
+    of_rank = dataclasses.replace(workload, num_adapters=min(NUM_COLD, workload.num_adapters))
+    names = {
+        rank: prepare_adapters(dataclasses.replace(of_rank, ranks=(rank,)), folder, f"rank-{rank}")
+        for rank in workload.ranks
+    }
+    seeds = itertools.count()
+    cold: dict[int, list[dict[str, float]]] = {rank: [] for rank in names}
     with running_server(workload.model, folder / "adapters", folder / "cache") as server:
-        _first_token(server, workload, "base", 0)
-        base = [_first_token(server, workload, "base", 1 + index)["total_s"] for index in range(5)]
-        for index, name in enumerate(names[:12]):
-            cold.append(_first_token(server, workload, name, 10 + index))
-            warm.append(_first_token(server, workload, name, 50 + index)["total_s"])
-    phases = sorted({phase for sample in cold for phase in sample} - {"total_s"})
-    medians = {phase: statistics.median(sample.get(phase, 0.0) for sample in cold) for phase in phases}
+        for _ in range(3):
+            _first_token(server, workload, "base", next(seeds))
+        for together in zip(*names.values(), strict=True):
+            for rank, name in zip(names, together, strict=True):
+                cold[rank].append(_first_token(server, workload, name, next(seeds)))
+        rounds = [*_warm_rounds(server, workload, names, seeds)]
+    columns = list(zip(*rounds, strict=True))  # seconds of the base, then of each rank
     return {
-        "adapter": f"rank {workload.rank}, all linear",
         "prompt tokens": workload.prompt_tokens,
-        "first token, base, ms": statistics.median(base) * 1e3,
-        "first token, warm adapter, ms": statistics.median(warm) * 1e3,
-        "first token, adapter never seen, ms": statistics.median(s["total_s"] for s in cold) * 1e3,
-        **{f"  of that, {phase}, ms": value * 1e3 for phase, value in medians.items()},
+        "requests of each kind, warm / never seen": f"{len(rounds)} / {of_rank.num_adapters}",
+        "first token": {
+            "base": _warm_row(columns[0], columns[0]),
+            **{
+                f"rank {rank}, all linear": _warm_row(times, columns[0])
+                for rank, times in zip(names, columns[1:], strict=True)
+            },
+        },
+        "first token of an adapter never seen, ms": _phases(cold),
+    }
+
+
+def _warm_rounds(
+    server: RunningServer, workload: Workload, names: dict[int, list[str]], seeds: Iterator[int]
+) -> Iterator[list[float]]:
+    """Seconds of a request to the base and to an adapter of each rank, every other round backwards."""
+    for number in range(NUM_WARM * workload.repeats):
+        kinds = ["base", *(of_rank[number % len(of_rank)] for of_rank in names.values())]
+        times = [
+            _first_token(server, workload, kind, next(seeds))["total_s"] for kind in kinds[:: -1 if number % 2 else 1]
+        ]
+        yield times[:: -1 if number % 2 else 1]
+
+
+def _warm_row(times: tuple[float, ...], base: tuple[float, ...]) -> dict[str, float]:
+    ratios = [time / by for time, by in zip(times, base, strict=True)]
+    return {
+        "warm, ms": statistics.median(times) * 1e3,
+        "over the base": statistics.median(times) / statistics.median(base),
+        "median of the rounds' ratios": statistics.median(ratios),
+    }
+
+
+def _phases(cold: dict[int, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Medians in ms by rank: of the whole, and of each phase that the server reports."""
+    phases = sorted({phase for samples in cold.values() for sample in samples for phase in sample} - {"total_s"})
+    return {
+        "all" if phase == "total_s" else phase: {
+            f"rank {rank}": statistics.median(sample.get(phase, 0.0) for sample in samples) * 1e3
+            for rank, samples in cold.items()
+        }
+        for phase in ("total_s", *phases)
     }
 
 

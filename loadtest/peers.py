@@ -146,7 +146,7 @@ def _run(
                 peer.dialect(options, num_adapters),
                 spec,
                 label=peer.name,
-                num_warmups=scenario.concurrency,
+                num_warmups=0 if num_adapters else scenario.concurrency,
                 warm_adapters=num_adapters > 0,
                 timeout_s=options.timeout_s,
             )

@@ -31,6 +31,7 @@ from loadtest.wire import Target, resolve
 from loadtest.workload import Request, WorkloadSpec, draw, expand_names
 
 _WARMUP_SEED = 1 << 40  # added to the seed: prompts of the warm-up are none of the run's
+_WARMUP_TOKENS = 8  # asked of each adapter, at most
 _DEFAULTS = WorkloadSpec()
 
 
@@ -101,15 +102,18 @@ async def _measure(plan: Plan, console: Console) -> Figures:
 
 
 def _warmups(plan: Plan) -> list[Request]:
-    """Requests of the same kind as the run's, of another seed; then one for each adapter if that is wanted."""
+    """Requests of the same kind as the run's, of another seed; then a short one for each adapter if wanted."""
     adapters = range(len(plan.dialect.adapters)) if plan.warm_adapters else range(0)
     number = plan.num_warmups + len(adapters)
     if not number:
         return []
     spec = dataclasses.replace(plan.spec, seed=plan.spec.seed + _WARMUP_SEED, num_requests=number, arrivals="closed:8")
     _, drawn = draw(spec, plan.dialect.adapters)
-    named = drawn[plan.num_warmups :]
-    return drawn[: plan.num_warmups] + [dataclasses.replace(r, adapter=a) for r, a in zip(named, adapters, strict=True)]
+    named = [
+        dataclasses.replace(r, adapter=a, max_tokens=min(r.max_tokens, _WARMUP_TOKENS))
+        for r, a in zip(drawn[plan.num_warmups :], adapters, strict=True)
+    ]
+    return drawn[: plan.num_warmups] + named
 
 
 def _sender(plan: Plan, target: Target, requests: Sequence[Request]) -> Send:

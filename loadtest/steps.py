@@ -1,12 +1,15 @@
-"""A decode step in process: what adapters add to it, where its time goes, and what is not the model's.
+"""A decode step in process: what adapters add to it, and where its time goes.
 
 Pairs of forward passes over the same rows, with the adapters and without, so that the machine's drift falls on both.
+What a step does beside its forward pass is timed in whole steps: of requests to the base, then of requests to adapters.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,15 @@ if TYPE_CHECKING:
 
 RANKS = (8, 16, 32, 64)  # of the adapters, in turn
 NUM_PAIRS = 200
+NUM_STEPS = 30  # whole ones
+KINDS = ("without", "with")  # adapters
+SHARES = {  # of a step's table; the native pass's parts in each
+    "GEMM": ("GEMM",),
+    "attention": ("attention",),
+    "adapters": ("adapters",),
+    "head and sampling": ("head",),
+    "small ops": ("embedding", "small ops"),
+}
 _READ_BYTES = 2 << 30
 
 
@@ -35,7 +47,8 @@ def measure_steps(workload: Workload, folder: Path) -> dict[str, object]:
     llm = LLM(config, adapters=folder / "adapters")
     names = _write_adapters(llm, folder / "adapters", workload)
     adapter_bytes = sum(llm.adapter(name).data_bytes for name in names)
-    batch, host_s = _decoding(llm, workload, names)
+    _, base_outside = _decoding(llm, workload, [None] * count)
+    batch, outside = _decoding(llm, workload, names)
     pairs = Pairs(llm, batch)
     for _ in range(NUM_PAIRS):
         pairs.sample()
@@ -55,10 +68,13 @@ def measure_steps(workload: Workload, folder: Path) -> dict[str, object]:
         "adapters' byte floor, ms": adapter_bytes / bandwidth * 1e3,
         "adapters' cost over their floor": added_s / (adapter_bytes / bandwidth),
         "step with adapters over the floor of both": full_s / ((weights + adapter_bytes) / bandwidth),
-        "a step outside the forward pass, ms": host_s * 1e3,
-        "that, of a whole step without adapters": host_s / (host_s + base_s),
         "read bandwidth in this run, GB/s": bandwidth / 1e9,
-        **pairs.parts(),
+        "where a step's time goes": step_table(
+            {
+                "without": column(base_s, base_outside, pairs.parts("without")),
+                "with": column(full_s, outside, pairs.parts("with")),
+            }
+        ),
     }
 
 
@@ -71,56 +87,91 @@ def _write_adapters(llm: LLM, folder: Path, workload: Workload) -> list[str]:
     return names
 
 
-def _decoding(llm: LLM, workload: Workload, adapters: list[str]) -> tuple[Batch, float]:
-    """A batch in which every request decodes, and the median time of its kind of step outside the forward pass."""
+@dataclass(frozen=True)
+class Outside:
+    """What a step does beside its forward pass; medians over whole steps."""
+
+    all_s: float  # sampling included
+    sampling_s: float
+
+
+def column(forward_s: float, outside: Outside, parts: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a step by SHARES, the rest as the host's. `parts`: the native pass's, none where modules run."""
+    shares = {name: sum(parts[part] for part in of) * 1e3 for name, of in SHARES.items()} if parts else {}
+    if not parts:
+        shares = {"forward pass": forward_s * 1e3, "head and sampling": 0.0}
+    shares["head and sampling"] += outside.sampling_s * 1e3
+    whole = (forward_s + outside.all_s) * 1e3
+    return {**shares, "host": whole - sum(shares.values()), "whole step": whole}
+
+
+def step_table(columns: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Rows by part: of each column its milliseconds and its share of the whole."""
+    names = next(iter(columns.values()))
+    return {
+        name: {
+            label: value
+            for kind, values in columns.items()
+            for label, value in (
+                (f"{kind} adapters, ms", values[name]),
+                (f"{kind}, share", values[name] / values["whole step"]),
+            )
+        }
+        for name in names
+    }
+
+
+def _decoding(llm: LLM, workload: Workload, adapters: Sequence[str | None]) -> tuple[Batch, Outside]:
+    """A batch in which every request decodes, and what its kind of step does outside the forward pass."""
     from server.engine.messages import SamplingParams
 
     params = SamplingParams(max_tokens=workload.prompt_tokens, temperature=0.0, ignore_eos=True)
     core: Any = llm.core
-    forward = Timed(core._runner._forward)
-    core._runner._forward = forward
-    batches = Kept(core._batches)
-    core._batches = batches
+    runner: Any = core._runner
+    forward, sample, batches = Timed(runner._forward), Timed(runner._sampler.sample), Kept(core._batches)
+    runner._forward, runner._sampler.sample, core._batches = forward, sample, batches
+    ids = []
     for index, adapter in enumerate(adapters):
         prompt = [3 + (7 * index + 11 * position) % 4000 for position in range(workload.prompt_tokens)]
-        llm.submit(prompt, adapter, params)
-    outside: list[float] = []
+        ids.append(llm.submit(prompt, adapter, params))
+    found: list[tuple[float, float]] = []
     deadline = time.monotonic() + 600
-    while len(outside) < 30:
+    while len(found) < NUM_STEPS:
         assert time.monotonic() < deadline, "the requests never all decode at once"
         started = time.perf_counter()
         outputs = core.step()
         elapsed = time.perf_counter() - started
         if outputs.stats.rows == len(adapters) == len(outputs.outputs):
-            outside.append(elapsed - forward.last_s)
-    core._runner._forward = forward.forward
-    return batches.last, statistics.median(outside)
+            found.append((elapsed - forward.last_s, sample.last_s))
+    runner._forward, runner._sampler.sample, core._batches = forward.call, sample.call, batches.builder
+    if not any(adapters):
+        core.abort(ids)  # those with adapters keep theirs on the device, for the pairs
+    return batches.last, Outside(*(statistics.median(times) for times in zip(*found, strict=True)))
 
 
 class Timed:
-    """A forward pass that remembers how long it took."""
+    """A call that remembers how long it took."""
 
-    def __init__(self, forward: Any) -> None:
-        self.forward = forward
-        self.largest = forward.largest
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
         self.last_s = 0.0
 
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, *arguments: Any) -> Any:
         started = time.perf_counter()
-        logits = self.forward(inputs)
+        result = self.call(*arguments)
         self.last_s = time.perf_counter() - started
-        return logits
+        return result
 
 
 class Kept:
     """A batch builder that remembers its last batch."""
 
     def __init__(self, builder: Any) -> None:
-        self._builder = builder
+        self.builder = builder
         self.last: Any = None
 
     def build(self, plan: Any) -> Any:
-        self.last = self._builder.build(plan)
+        self.last = self.builder.build(plan)
         return self.last
 
 
@@ -135,7 +186,7 @@ class Pairs:
         self._inputs = runner._inputs.fill(batch)
         self._segments = self._step.segments, self._step.head_segments
         self._decoder: Any = getattr(self._forward, "_decoder", None)
-        self._spent: dict[str, list[Any]] = {"without": [], "with": []}
+        self._spent: dict[str, list[list[int]]] = {kind: [] for kind in KINDS}
         self.with_adapters: list[float] = []
         self.without: list[float] = []
 
@@ -144,19 +195,12 @@ class Pairs:
         self.without.append(self._time(None, None, "without"))
         self.with_adapters.append(self._time(*self._segments, "with"))
 
-    def parts(self) -> dict[str, object]:
-        """Median milliseconds of each part of the native pass, with adapters and without."""
-        if self._decoder is None:
-            return {}
+    def parts(self, kind: str) -> dict[str, float]:
+        """Median seconds of each part of the native pass, for one of KINDS; none where the modules run."""
         from kernels.cpu.forward import PARTS
 
-        columns = {kind: [*zip(*spent, strict=True)] for kind, spent in self._spent.items()}
-        return {
-            f"{part}, ms without / with": " / ".join(
-                f"{statistics.median(columns[kind][number]) / 1e6:.2f}" for kind in ("without", "with")
-            )
-            for number, part in enumerate(PARTS)
-        }
+        columns = zip(*self._spent[kind], strict=True)
+        return {part: statistics.median(times) / 1e9 for part, times in zip(PARTS, columns, strict=False)}
 
     def _time(self, body: Any, head: Any, kind: str) -> float:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,15 @@ def print_report(result: dict[str, Any], console: Console) -> None:
         for message, number in result["error_counts"].items():
             table.add_row(message, str(number), style="red")
         console.print(table)
+
+
+def rows_table(title: str, rows: Mapping[str, Mapping[str, object]]) -> Table:
+    """Rows by name, each its figures by column; a dash where a row lacks one."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table("", *columns, title=title)
+    for name, row in rows.items():
+        table.add_row(name, *(number(row.get(column)) for column in columns))
+    return table
 
 
 def number(value: object) -> str:
