@@ -11,7 +11,9 @@ from typing import NamedTuple, Protocol
 from adapters_store.chat_template import AdapterTemplate, read_chat_template
 from adapters_store.errors import AdapterNotFound
 from adapters_store.ref import SourceVersion, is_adapter_name
+from adapters_store.remote_tier import RemoteTier
 from adapters_store.sources.named import NamedSource
+from adapters_store.sources.remote import RemoteSource
 from adapters_store.tensorfile import shown
 
 MAX_TEMPLATES = 1024  # chat templates remembered, by version
@@ -19,7 +21,7 @@ MAX_TEMPLATE_CHARS = 16 << 20  # of all of them
 
 
 class Source(Protocol):
-    """Where adapters come from. Blocking; the catalog calls it in a thread."""
+    """Where adapters on this machine come from. Blocking; the catalog calls it in a thread."""
 
     misnamed: list[str]
 
@@ -40,11 +42,19 @@ class Listing(NamedTuple):
 Listings = list[Listing]
 
 
+class _Walk(NamedTuple):
+    """What a listing has found so far."""
+
+    found: dict[str, SourceVersion]
+    warnings: list[str]
+
+
 class Catalog:
     """Resolves adapter names. The base's names are never adapters, whatever folders are called.
 
     Names given by hand (`named`) go before all sources, also while their folder is missing: a name that
     was given one adapter never quietly becomes another. Removed names are not served until given again.
+    Folders of this machine go before remote sources.
     """
 
     def __init__(
@@ -53,10 +63,12 @@ class Catalog:
         base_names: Collection[str],
         *,
         named: NamedSource | None = None,
+        remote: RemoteTier | None = None,
         list_age_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.named = named or NamedSource()
+        self.remote = remote
         self._sources = tuple(sources)
         self._removed: set[str] = set()
         self._templates: OrderedDict[str, AdapterTemplate | None] = OrderedDict()
@@ -71,10 +83,17 @@ class Catalog:
         """the last listing's names that can't be reached: they shadow the base, or an earlier source wins"""
 
     async def resolve(self, name: str) -> SourceVersion:
-        """What `name` points to right now, never from memory; AdapterNotFound when no source has it."""
+        """What `name` points to: on this machine right now, at a remote source by its NamePolicy.
+
+        AdapterNotFound when no source has it.
+        """
         if is_adapter_name(name) and name not in self._base_names and name not in self._removed:
             for source in self._sources_of(name):
                 version = await asyncio.to_thread(source.resolve, name)
+                if version is not None:
+                    return version
+            if self.remote is not None and name not in self.named:
+                version = await self.remote.resolve(name)
                 if version is not None:
                     return version
         raise AdapterNotFound(f"The model {shown(name)} does not exist.")
@@ -86,7 +105,10 @@ class Catalog:
         """
         key = version.key
         if key not in self._templates:
-            template = await asyncio.to_thread(read_chat_template, version)
+            if self.remote is not None and self.remote.covers(version):
+                template = await self.remote.chat_template(version)
+            else:
+                template = await asyncio.to_thread(read_chat_template, version)
             if key not in self._templates:  # another request may have read it meanwhile
                 self._remember(key, template)
             return template
@@ -115,28 +137,42 @@ class Catalog:
         """All adapters, by name. At most `list_age_s` old: a listing walks folders."""
         async with self._list_lock:
             if self._clock() - self._listed_at >= self._list_age_s:
-                self._listed, self.warnings = await asyncio.to_thread(self._walk)
+                self._listed, self.warnings = await self._walk()
                 self._listed_at = self._clock()
             return self._listed.copy()
 
-    def _walk(self) -> tuple[Listings, tuple[str, ...]]:
-        found: dict[str, SourceVersion] = {}
-        warnings = []
+    async def _walk(self) -> tuple[Listings, tuple[str, ...]]:
+        walk = _Walk({}, [])
+        await asyncio.to_thread(self._walk_folders, walk)
+        for remote in self.remote.names if self.remote is not None else ():
+            self._add(walk, remote.remote, await remote.names(), remote.version_of)
+        found = walk.found
+        return [Listing(name, found[name].path, found[name]) for name in sorted(found)], tuple(walk.warnings)
+
+    def _walk_folders(self, walk: _Walk) -> None:
         for source in (self.named, *self._sources):
-            for name in source.names():
-                if name in self._removed or (name in self.named and source is not self.named):
-                    continue
-                if name in self._base_names:
-                    warnings.append(f"{source.source} has an adapter named {name!r}, the base's name: never served")
-                elif name in found:
-                    warnings.append(f"{source.source} has an adapter {name!r} too: {found[name].path} is served")
-                elif (version := source.resolve(name)) is not None:
-                    found[name] = version
-            warnings += [
-                f"{source.source} has an adapter {name!r}, which no request can name: rename its folder"
-                for name in source.misnamed
-            ]
-        return [Listing(name, found[name].path, found[name]) for name in sorted(found)], tuple(warnings)
+            self._add(walk, source, source.names(), source.resolve)
+
+    def _add(
+        self,
+        walk: _Walk,
+        source: Source | RemoteSource,
+        names: Sequence[str],
+        version_of: Callable[[str], SourceVersion | None],
+    ) -> None:
+        found, label = walk.found, source.source
+        for name in names:
+            if name in self._removed or (name in self.named and source is not self.named):
+                continue
+            if name in self._base_names:
+                walk.warnings.append(f"{label} has an adapter named {name!r}, the base's name: never served")
+            elif name in found:
+                walk.warnings.append(f"{label} has an adapter {name!r} too: {found[name].path} is served")
+            elif (version := version_of(name)) is not None:
+                found[name] = version
+        walk.warnings.extend(
+            f"{label} has an adapter {name!r}, which no request can name: rename its folder" for name in source.misnamed
+        )
 
     def _sources_of(self, name: str) -> Sequence[Source]:
         return (self.named,) if name in self.named else self._sources

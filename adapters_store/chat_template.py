@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import msgspec
 
 from adapters_store.errors import AdapterInvalid, AdapterTooLarge, AdapterUnavailable
+from adapters_store.raw import RawFolder
 from adapters_store.ref import FileVersion, SourceVersion
 from adapters_store.sources.folder import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, FileChanged
 from adapters_store.sources.local import LocalSource
@@ -38,15 +40,25 @@ class AdapterTemplate:
         return f"{self.file} of adapter {self.adapter}"
 
 
-def read_chat_template(version: SourceVersion) -> AdapterTemplate | None:
+def check_template_sizes(version: SourceVersion) -> None:
+    """AdapterTooLarge when a file that may hold a template is too large to be read."""
+    for file in version.files:
+        limit = MAX_BYTES.get(file.name)
+        if limit is not None and file.size > limit:
+            raise AdapterTooLarge(f"{file.name} of adapter {version.name} has {file.size} bytes; the limit is {limit}")
+
+
+def read_chat_template(version: SourceVersion, fetched: RawFolder | None = None) -> AdapterTemplate | None:
     """The template in chat_template.jinja, else in tokenizer_config.json; None without any. Blocking.
 
-    Raises AdapterInvalid and AdapterTooLarge, which name the file, and AdapterUnavailable when the file is
-    no longer the version's.
+    `fetched` is where a remote version's files are. Raises AdapterInvalid and AdapterTooLarge, which name the
+    file, and AdapterUnavailable when the file is no longer the version's, of which RawDamaged when it is not as
+    it was fetched.
     """
+    check_template_sizes(version)
     files = {file.name: file for file in version.files}
-    own = _read(version, files[TEMPLATE_FILE]) if TEMPLATE_FILE in files else None
-    config = _read(version, files[TOKENIZER_CONFIG_FILE]) if TOKENIZER_CONFIG_FILE in files else None
+    own = _read(version, files[TEMPLATE_FILE], fetched) if TEMPLATE_FILE in files else None
+    config = _read(version, files[TOKENIZER_CONFIG_FILE], fetched) if TOKENIZER_CONFIG_FILE in files else None
     where = f"{TOKENIZER_CONFIG_FILE} of adapter {version.name}"
     try:
         fields = _fields(config, where) if config is not None else {}
@@ -99,14 +111,15 @@ def token_text(value: object) -> str:
     return text
 
 
-def _read(version: SourceVersion, file: FileVersion) -> memoryview:
-    where = f"{file.name} of adapter {version.name}"
-    if file.size > MAX_BYTES[file.name]:
-        raise AdapterTooLarge(f"{where} has {file.size} bytes; the limit is {MAX_BYTES[file.name]}")
+def _read(version: SourceVersion, file: FileVersion, fetched: RawFolder | None) -> memoryview:
+    if fetched is not None:
+        content = fetched.read(version, file)
+        fetched.check(version, {file.name: hashlib.sha256(content).hexdigest()})
+        return content
     try:
         return LocalSource(Path(version.source)).read(version, file)
     except FileChanged:
-        raise AdapterUnavailable(f"{where} is being replaced; try again") from None
+        raise AdapterUnavailable(f"{file.name} of adapter {version.name} is being replaced; try again") from None
 
 
 def _text(version: SourceVersion, content: memoryview) -> str:

@@ -9,12 +9,10 @@ A restart reads the index and compiles nothing. Everything is written to a tempo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,21 +20,17 @@ import msgspec
 
 from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
 from adapters_store.image import read_header
+from adapters_store.lru import STALE_TEMPORARY_S, LeasedLru, Resident, lock_folder
 from adapters_store.ref import AdapterRef
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-STALE_TEMPORARY_S = 3600.0
-TOUCH_S = 10.0  # how exact the order of use on disk is
 
 
-class _Resident(msgspec.Struct):
+class _Resident(Resident):
     """An image file that is there."""
 
-    file_bytes: int
-    used_at: float
-    """wall-clock seconds; kept as the file's mtime, so that the order of use survives a restart"""
     versions: set[str] = msgspec.field(default_factory=set)
     """version keys whose index entries name it"""
     is_checked: bool = False
@@ -46,9 +40,7 @@ class _Resident(msgspec.Struct):
 class DiskImages:
     """Owner of the image folder. Not thread-safe: one thread (the event loop's) calls it.
 
-    With a quota, unleased images go, least recently used first; one used in the last `grace_s` seconds
-    stays, so that an image can't vanish between `adopt` and the lease on it. The quota may be exceeded
-    by what is leased or just used. Without a quota nothing goes, and processes may share the folder.
+    Quota, leases and grace are as in LeasedLru. Without a quota processes may share the folder.
     """
 
     def __init__(
@@ -62,15 +54,14 @@ class DiskImages:
     ) -> None:
         self.images_dir = cache_dir.absolute() / "images"
         self._index_dir = cache_dir.absolute() / "index" / scope
-        self._quota_bytes = quota_bytes
-        self._grace_s = grace_s
         self._clock = clock
         for folder in (self.images_dir.parent, self.images_dir, self._index_dir.parent, self._index_dir):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock: int | None = _lock_folder(self.images_dir.parent, exclusive=quota_bytes is not None)
-        self.evictions = 0
-        self._leases: Counter[str] = Counter()
-        self._residents: dict[str, _Resident] = {}
+        self._lock: int | None = lock_folder(self.images_dir.parent, exclusive=quota_bytes is not None)
+        self._lru: LeasedLru[_Resident] = LeasedLru(
+            quota_bytes, path_of=self.image_path, drop=self.discard, grace_s=grace_s, clock=clock
+        )
+        self._residents = self._lru.residents
         self._refs: dict[str, AdapterRef] = {}
         self._sweep_temporaries()
         self._load_images()
@@ -79,7 +70,7 @@ class DiskImages:
     @property
     def bytes_used(self) -> int:
         """Bytes of all image files."""
-        return sum(resident.file_bytes for resident in self._residents.values())
+        return self._lru.bytes_used
 
     @property
     def num_images(self) -> int:
@@ -89,7 +80,12 @@ class DiskImages:
     @property
     def num_leases(self) -> int:
         """Leases held on all images."""
-        return self._leases.total()
+        return self._lru.leases.total()
+
+    @property
+    def evictions(self) -> int:
+        """Images that went for the quota, since start."""
+        return self._lru.evictions
 
     def image_path(self, image_key: str) -> Path:
         """Where the image of this key is, or would be."""
@@ -107,7 +103,7 @@ class DiskImages:
             log.warning("image %s is damaged or gone: dropped", ref.image_key)
             self.discard(ref.image_key)
             return None
-        self._touch(ref.image_key)
+        self._lru.touch(ref.image_key)
         return ref
 
     def peek(self, version_key: str) -> AdapterRef | None:
@@ -118,28 +114,22 @@ class DiskImages:
         """Take in a freshly compiled image, remember which SourceVersion it is of, make room for it."""
         path = self.image_path(ref.image_key)
         resident = self._residents.setdefault(ref.image_key, _Resident(0, 0.0))
-        resident.file_bytes = path.stat().st_size
+        resident.num_bytes = path.stat().st_size
         resident.versions.add(ref.version)
         resident.is_checked = True
         self._refs[ref.version] = ref
         self._write_entry(ref)
-        self._touch(ref.image_key)
-        self._evict()
+        self._lru.touch(ref.image_key)
+        self._lru.evict()
 
     def lease(self, image_key: str) -> None:
         """Pin an image; AdapterUnavailable when it is not there (any more)."""
-        if image_key not in self._residents:
+        if not self._lru.lease(image_key):
             raise AdapterUnavailable("the adapter's image is no longer on disk; try again")
-        self._leases[image_key] += 1
-        self._touch(image_key)
 
     def release(self, image_key: str) -> None:
         """Give back one lease."""
-        assert self._leases[image_key] > 0, f"released without a lease: {image_key}"
-        self._leases[image_key] -= 1
-        if not self._leases[image_key]:
-            del self._leases[image_key]
-            self._evict()
+        self._lru.release(image_key)
 
     def discard(self, image_key: str) -> None:
         """Forget an image and delete it, leased or not: it was found damaged and will be compiled anew."""
@@ -156,26 +146,6 @@ class DiskImages:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def _touch(self, image_key: str) -> None:
-        now, resident = self._clock(), self._residents[image_key]
-        if now - resident.used_at >= TOUCH_S:
-            with contextlib.suppress(OSError):
-                os.utime(self.image_path(image_key), (now, now))
-        resident.used_at = now
-
-    def _evict(self) -> None:
-        if self._quota_bytes is None:
-            return
-        used, now = self.bytes_used, self._clock()
-        for image_key, resident in sorted(self._residents.items(), key=lambda item: item[1].used_at):
-            if used <= self._quota_bytes:
-                return
-            if self._leases[image_key] or now - resident.used_at < self._grace_s:
-                continue
-            used -= resident.file_bytes
-            self.discard(image_key)
-            self.evictions += 1
 
     # --- the folder at start ---
 
@@ -226,19 +196,9 @@ class DiskImages:
     def _write_entry(self, ref: AdapterRef) -> None:
         path = self._entry_path(ref.version)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        temporary.write_bytes(msgspec.json.encode(ref))
-        temporary.rename(path)
-
-
-def _lock_folder(folder: Path, *, exclusive: bool) -> int:
-    """Lock the cache folder: alone for who evicts, shared for who only adds. OSError when it is taken."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise OSError(
-            error.errno,
-            f"{folder} is in use by another server, and one of the two has a disk quota: give each its own",
-        ) from error
-    return descriptor
+        try:
+            temporary.write_bytes(msgspec.json.encode(ref))
+            temporary.rename(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise

@@ -7,7 +7,9 @@ AdapterError                        500 adapter_error
 │   ├── AdapterMismatch             422 adapter_mismatch      made for another base: shape, site, vocabulary
 │   └── AdapterUnsupported          422 adapter_unsupported   a feature that is not served, by name
 ├── AdapterTooLarge                 422 adapter_too_large     a limit of this server: rank, bytes
+├── AdapterDenied                   403 adapter_denied        the source refuses this server's credentials
 └── AdapterUnavailable              503 adapter_unavailable   may work later: torn read, worker crash, I/O
+    └── RawDamaged                  503 raw_damaged           files kept as fetched are not what was fetched
 """
 
 from __future__ import annotations
@@ -63,11 +65,24 @@ class AdapterTooLarge(AdapterError):
     code = "adapter_too_large"
 
 
+class AdapterDenied(AdapterError):
+    """The adapter's source does not let this server read it; trying again doesn't help."""
+
+    http_status = 403
+    code = "adapter_denied"
+
+
 class AdapterUnavailable(AdapterError):
     """The attempt failed for a reason that may pass; trying again can help."""
 
     http_status = 503
     code = "adapter_unavailable"
+
+
+class RawDamaged(AdapterUnavailable):
+    """The files of an adapter are not on disk as they were fetched; the store drops and fetches them again."""
+
+    code = "raw_damaged"
 
 
 def adapter_error(code: str, message: str) -> AdapterError:
@@ -84,6 +99,8 @@ _BY_CODE: dict[str, type[AdapterError]] = {
         AdapterMismatch,
         AdapterUnsupported,
         AdapterTooLarge,
+        AdapterDenied,
         AdapterUnavailable,
+        RawDamaged,
     )
 }

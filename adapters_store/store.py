@@ -13,13 +13,33 @@ from adapters_store.catalog import Catalog, Listings
 from adapters_store.compile.job import CompileJob
 from adapters_store.compile.lower import COMPILER_VERSION
 from adapters_store.disk import DiskImages
+from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged
+from adapters_store.flights import Flights
 from adapters_store.histogram import Counts, PhaseTimes
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest, write_manifest
+from adapters_store.misses import Misses
 from adapters_store.ref import AdapterRef, SourceVersion, image_key_of
+from adapters_store.remote_tier import Fetched, RemoteTier
+from adapters_store.sources.folder import FileChanged
 from adapters_store.worker import CompileWorker
 
 MAX_REMEMBERED_PHASES = 4096
+FETCH_ATTEMPTS = 5
+FETCH_BACKOFF_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class RawTier:
+    """The tier of files as fetched, in numbers, for metrics; counters are since start."""
+
+    num_entries: int = 0
+    num_bytes: int = 0
+    evictions: int = 0
+    hits: int = 0  # uses that found the files
+    fetches: int = 0
+    fetched_bytes: int = 0
+    stale_uses: int = 0  # names served by what their source said before it could not be asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +52,7 @@ class StoreTier:
     compiles: int = 0
     seconds: Mapping[str, Counts] = field(default_factory=dict)  # by phase: queue, fetch, compile
     hits: int = 0  # lookups that found the image
-
-
-class _Flight:
-    """One compile under way and how many callers wait for it."""
-
-    def __init__(self, task: asyncio.Task[AdapterRef]) -> None:
-        self.task = task
-        self.waiters = 0
+    raw: RawTier = field(default_factory=RawTier)
 
 
 class AdapterStore:
@@ -68,7 +81,8 @@ class AdapterStore:
         manifest_path = cache_dir.absolute() / "index" / f"{scope}.manifest.json"
         write_manifest(manifest, manifest_path)
         self.worker = CompileWorker(manifest_path, timeout_s=compile_timeout_s)
-        self._flights: dict[str, _Flight] = {}
+        self._flights: Flights[AdapterRef] = Flights()
+        self._failures = Misses(catalog.remote.policy.miss_ttl_s if catalog.remote is not None else 0.0)
         self._phases: OrderedDict[str, dict[str, float]] = OrderedDict()
         self._times = PhaseTimes()
         self.compiles = 0
@@ -108,24 +122,18 @@ class AdapterStore:
     async def ensure(self, version: SourceVersion) -> AdapterRef:
         """Bring a SourceVersion to an image on disk; whoever asks for the same one meanwhile shares the work.
 
-        Raises AdapterError; a failure is not remembered, the next call tries again. Cancelling one caller
-        leaves the others waiting, the work is given up when the last has left.
+        Raises AdapterError. A failure is not remembered, the next call tries again; that of a remote adapter is
+        for a short time. Cancelling one caller leaves the others waiting, the work is given up when the last
+        has left.
         """
         key = version.key
         ref = self.lookup(key)
         if ref is not None:
             return ref
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = self._take_off(version)
-        flight.waiters += 1
-        try:
-            return await asyncio.shield(flight.task)
-        finally:
-            flight.waiters -= 1
-            if not flight.waiters and not flight.task.done():
-                flight.task.cancel()
-                self._land(key, flight)
+        failure = self._failures.get(key)
+        if failure is not None:
+            raise failure
+        return await self._flights.join(key, lambda: self._bring(version))
 
     def lease(self, ref: AdapterRef) -> None:
         """Keep an image on disk until `release`; AdapterUnavailable when it has just gone."""
@@ -147,36 +155,63 @@ class AdapterStore:
         """What the disk tier holds and has done."""
         disk = self.disk
         seconds = self._times.seconds
-        return StoreTier(disk.num_images, disk.bytes_used, disk.evictions, self.compiles, seconds, self.hits)
+        raw = _raw_tier(self.catalog.remote)
+        return StoreTier(disk.num_images, disk.bytes_used, disk.evictions, self.compiles, seconds, self.hits, raw)
 
     async def close(self) -> None:
-        """Give up what is under way and end the compiler process."""
-        flights = [flight.task for flight in self._flights.values()]
-        for task in flights:
-            task.cancel()
-        await asyncio.gather(*flights, return_exceptions=True)
+        """Give up what is under way, end the compiler process, close the remote sources."""
+        await self._flights.close()
+        if self.catalog.remote is not None:
+            await self.catalog.remote.close()
         await self.worker.close()
         self.disk.close()
 
-    def _take_off(self, version: SourceVersion) -> _Flight:
-        flight = _Flight(asyncio.create_task(self._compile(version)))
-        flight.task.add_done_callback(lambda _: self._land(version.key, flight))
-        return flight
+    async def _bring(self, version: SourceVersion) -> AdapterRef:
+        remote = self.catalog.remote
+        try:
+            if remote is None or not remote.covers(version):
+                return await self._compile(version, time.perf_counter())
+            return await self._fetch_and_compile(version, remote)
+        except OSError as error:
+            reason = error.strerror or repr(error)
+            raise AdapterUnavailable(f"adapter {version.name} can't be kept on disk: {reason}") from error
 
-    def _land(self, key: str, flight: _Flight) -> None:
-        """Take a flight off the books; one that was given up may have a successor under its key by then."""
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+    async def _fetch_and_compile(self, asked: SourceVersion, remote: RemoteTier) -> AdapterRef:
+        """Like `_compile`, from the raw tier. What was replaced meanwhile is fetched as it is now."""
+        version, is_damaged, started = asked, False, time.perf_counter()
+        try:
+            for attempt in range(FETCH_ATTEMPTS):
+                try:
+                    async with remote.files(version) as fetched:
+                        return await self._compile(version, started, fetched)
+                except RawDamaged:
+                    if is_damaged:
+                        raise
+                    is_damaged = True
+                    remote.raw.discard(version.key)
+                except (FileChanged, AdapterNotFound):
+                    version = await remote.again(version)
+                    if (ref := self.lookup(version.key)) is not None:
+                        return ref
+                    await asyncio.sleep(FETCH_BACKOFF_S * 2**attempt)
+            raise AdapterUnavailable(
+                f"the files of adapter {asked.name} keep changing while they are fetched; try again"
+            )
+        except AdapterError as error:
+            self._failures.add(asked.key, error)
+            remote.doubt(version)
+            raise
 
-    async def _compile(self, version: SourceVersion) -> AdapterRef:
-        started = time.perf_counter()
-        job = CompileJob(version, str(self.disk.images_dir), self._limits)
+    async def _compile(self, version: SourceVersion, started: float, fetched: Fetched | None = None) -> AdapterRef:
+        folder, fetch_s = (str(fetched.folder), fetched.seconds) if fetched is not None else (None, 0.0)
+        job = CompileJob(version, str(self.disk.images_dir), self._limits, folder)
         result = await self.worker.compile(job)
         self.compiles += result.is_new
         self.disk.adopt(result.ref)
         total = time.perf_counter() - started
-        queue_s = max(0.0, total - result.fetch_s - result.compile_s)
-        phases = {"queue": queue_s, "fetch": result.fetch_s, "compile": result.compile_s}
+        fetch_s += result.fetch_s
+        queue_s = max(0.0, total - fetch_s - result.compile_s)
+        phases = {"queue": queue_s, "fetch": fetch_s, "compile": result.compile_s}
         for phase, seconds in phases.items():
             self._record(version.key, phase, seconds)
         self._times.add(phases)
@@ -187,3 +222,18 @@ class AdapterStore:
         self._phases.move_to_end(key)
         if len(self._phases) > MAX_REMEMBERED_PHASES:
             self._phases.popitem(last=False)
+
+
+def _raw_tier(remote: RemoteTier | None) -> RawTier:
+    if remote is None:
+        return RawTier()
+    raw = remote.raw
+    return RawTier(
+        raw.num_entries,
+        raw.bytes_used,
+        raw.evictions,
+        remote.hits,
+        remote.fetches,
+        remote.fetched_bytes,
+        remote.stale_uses,
+    )

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from adapters_store.remote_names import NamePolicy, SourceDelete, SourceDown
 from server.config import EngineConfig, ServerConfig, default_cache_dir, parse_bytes
 from server.errors import ConfigError
 from server.vllm_flags import explain_vllm_flags, parse_lora_modules, split_names, spread_lora_modules
@@ -27,6 +28,43 @@ Model = Annotated[str, typer.Option("--model", help="Folder of the base model (s
 Adapters = Annotated[
     list[Path] | None,
     typer.Option("--adapters", help="Folder whose sub-folders are adapters; repeat for several, first wins."),
+]
+AdapterSource = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Remote folder of adapters: s3://, gs://, az://, https://, hf://, file://; repeat for several. They come "
+        "after --adapters, the first that has a name wins."
+    ),
+]
+AdapterSourceAllowPrivate = Annotated[
+    bool,
+    typer.Option(
+        "--adapter-source-allow-private",
+        help="Let --adapter-source use http:// and addresses of this machine or network.",
+    ),
+]
+AdapterSourceAllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="Host, or host:port, that https:// and hf:// sources may redirect to; repeat for several."),
+]
+AdapterPollInterval = Annotated[
+    float,
+    typer.Option(help="Seconds that a remote adapter's version is served before its source is asked again.", min=0),
+]
+AdapterMissTtl = Annotated[
+    float, typer.Option(help='Seconds that "no such adapter" and failures of a remote source are remembered.', min=0)
+]
+OnSourceDown = Annotated[
+    SourceDown,
+    typer.Option(help="While a source can't be asked: serve the last version of its adapters, or fail with 503."),
+]
+OnSourceDelete = Annotated[
+    SourceDelete,
+    typer.Option(help="When a source has an adapter no longer: keep serving what is here of it, or drop its name."),
+]
+DiskQuota = Annotated[str | None, typer.Option(help="Disk for compiled adapters, e.g. 50GiB. Default: no bound.")]
+RawQuota = Annotated[
+    str | None, typer.Option(help="Disk for remote adapters' files as fetched, e.g. 20GiB. Default: no bound.")
 ]
 ServedNames = Annotated[
     list[str] | None,
@@ -112,6 +150,13 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads of the model. Def
 def serve(
     model: Model,
     adapters: Adapters = None,
+    adapter_source: AdapterSource = None,
+    adapter_source_allow_private: AdapterSourceAllowPrivate = False,
+    adapter_source_allow_host: AdapterSourceAllowHost = None,
+    adapter_poll_interval: AdapterPollInterval = 10.0,
+    adapter_miss_ttl: AdapterMissTtl = 5.0,
+    on_source_down: OnSourceDown = "serve",
+    on_source_delete: OnSourceDelete = "drop",
     served_model_name: ServedNames = None,
     dtype: DtypeOption = "auto",
     device: Device = "cpu",
@@ -124,6 +169,8 @@ def serve(
     adapter_memory: AdapterMemory = None,
     kv_memory: KvMemory = None,
     host_memory: HostMemory = "0",
+    disk_quota: DiskQuota = None,
+    raw_quota: RawQuota = None,
     max_lora_rank: MaxLoraRank = 512,
     enable_lora: EnableLora = True,
     lora_modules: LoraModules = None,
@@ -171,6 +218,17 @@ def serve(
         pin=split_names(pin),
         allow_runtime_loading=allow_runtime_loading,
         adapter_roots=tuple(str(root) for root in adapters or ()),
+        adapter_sources=tuple(adapter_source or ()),
+        allow_private_sources=adapter_source_allow_private,
+        source_redirect_hosts=tuple(adapter_source_allow_host or ()),
+        names=NamePolicy(
+            poll_interval_s=adapter_poll_interval,
+            miss_ttl_s=adapter_miss_ttl,
+            on_source_down=on_source_down,
+            on_source_delete=on_source_delete,
+        ),
+        disk_quota=_bytes("--disk-quota", disk_quota),
+        raw_quota=_bytes("--raw-quota", raw_quota),
         host=host,
         port=port,
         api_keys=split_names(api_key),

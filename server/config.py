@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from adapters_store.remote_names import NamePolicy
 from server.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -56,7 +57,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine_stall_timeout_s: float = 60.0
     has_access_log: bool = True
     max_lora_rank: int = 512
-    disk_memory: int | None = None  # bytes of compiled images kept on disk; None = no bound
+    adapter_sources: tuple[str, ...] = ()  # URLs, after the folders
+    allow_private_sources: bool = False  # http:// and addresses of this machine or network
+    source_redirect_hosts: tuple[str, ...] = ()  # further hosts that web sources may redirect to
+    names: NamePolicy = NamePolicy()  # of remote sources: how long answers hold, what holds without one
+    disk_quota: int | None = None  # bytes of compiled images kept on disk; None = no bound
+    raw_quota: int | None = None  # bytes of fetched files kept on disk; None = no bound
     lora_modules: tuple[tuple[str, str], ...] = ()  # (name, folder) pairs given by hand
     preload: tuple[str, ...] = ()  # adapters compiled before the server is ready
     pin: tuple[str, ...] = ()  # those that stay on the device too

@@ -63,13 +63,19 @@ class EngineMetrics:
         return f"{start}{number(value)}\n"
 
     def _tiers(self, stats: StepStats, disk: StoreTier) -> Iterator[str]:
-        tiers = ("disk", "host", "device")
-        num_images = (disk.num_images, stats.host_images, stats.resident_adapters)
-        num_bytes = (disk.num_bytes, stats.host_bytes_used, stats.adapter_bytes_used)
-        evictions = (disk.evictions, stats.host_evictions, stats.adapter_evictions)
+        raw = disk.raw
+        tiers = ("raw", "disk", "host", "device")
+        num_adapters = (raw.num_entries, disk.num_images, stats.host_images, stats.resident_adapters)
+        num_bytes = (raw.num_bytes, disk.num_bytes, stats.host_bytes_used, stats.adapter_bytes_used)
+        evictions = (raw.evictions, disk.evictions, stats.host_evictions, stats.adapter_evictions)
         for name, kind, text, values in (
-            ("multilora_tier_adapters", "gauge", "Compiled adapters in a tier.", num_images),
-            ("multilora_tier_bytes", "gauge", "Bytes of compiled adapters in a tier.", num_bytes),
+            (
+                "multilora_tier_adapters",
+                "gauge",
+                "Adapters in a tier; raw: as fetched, others: compiled.",
+                num_adapters,
+            ),
+            ("multilora_tier_bytes", "gauge", "Bytes of adapters in a tier.", num_bytes),
             ("multilora_tier_evictions_total", "counter", "Adapters dropped from a tier.", evictions),
         ):
             yield head(name, kind, text)
@@ -129,4 +135,8 @@ def _counters(stats: StepStats, disk: StoreTier) -> Sequence[tuple[str, str, flo
         ("multilora_adapter_host_hits", "Device loads served from host memory.", stats.host_hits),
         ("multilora_adapter_disk_hits", "Times an adapter asked for was compiled on disk already.", disk.hits),
         ("multilora_adapter_compiles", "Adapters compiled to disk.", disk.compiles),
+        ("multilora_adapter_raw_hits", "Times that a remote adapter's files were on disk already.", disk.raw.hits),
+        ("multilora_adapter_fetches", "Fetches of adapters from remote sources.", disk.raw.fetches),
+        ("multilora_adapter_fetched_bytes", "Bytes of those fetches.", disk.raw.fetched_bytes),
+        ("multilora_adapter_stale_uses", "Times an unconfirmed version was served.", disk.raw.stale_uses),
     )

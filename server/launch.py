@@ -15,8 +15,10 @@ from rich.console import Console
 from adapters_store.catalog import Catalog
 from adapters_store.limits import Limits
 from adapters_store.manifest import read_manifest
+from adapters_store.remote_tier import RemoteTier
 from adapters_store.sources.local import LocalSource
 from adapters_store.sources.named import NamedSource
+from adapters_store.sources.remote import RemoteOptions, RemoteSource, open_source
 from adapters_store.store import AdapterStore
 from server.api import access_log
 from server.api.params import read_sampling_defaults
@@ -42,7 +44,7 @@ def run(config: ServerConfig, console: Console, adapter_examples: dict[str, str]
 
 
 async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[str, str]) -> int:
-    sources = [LocalSource(_existing_folder("--adapters", root)) for root in config.adapter_roots]
+    folders, remotes = _open_sources(config)
     base = _existing_folder("--model", config.engine.model)
     if not (base / "config.json").is_file():
         raise ConfigError(f"--model {base}: no config.json there, so it is no model's folder")
@@ -51,14 +53,19 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
     engine = AsyncEngine()
     with console.status(f"Loading {config.engine.model}"):
         await engine.start(config.engine)
-    catalog = Catalog(sources, config.served_names, named=NamedSource(source.root for source in sources))
+    cache_dir, limits = Path(config.engine.cache_dir), Limits(max_rank=config.max_lora_rank)
+    named = NamedSource(folder.root for folder in folders)
+    remote = None
+    if remotes:
+        remote = RemoteTier(remotes, cache_dir, policy=config.names, limits=limits, quota_bytes=config.raw_quota)
+    catalog = Catalog(folders, config.served_names, named=named, remote=remote)
     assign_modules(catalog, config.lora_modules)
     store = AdapterStore(
-        Path(config.engine.cache_dir),
+        cache_dir,
         read_manifest(Path(engine.ready.manifest_path)),
         catalog,
-        limits=Limits(max_rank=config.max_lora_rank),
-        quota_bytes=config.disk_memory,
+        limits=limits,
+        quota_bytes=config.disk_quota,
     )
     try:
         await store.start()
@@ -91,6 +98,22 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
     finally:
         await store.close()
         await engine.close()
+
+
+def _open_sources(config: ServerConfig) -> tuple[list[LocalSource], list[RemoteSource]]:
+    """The folders of --adapters and --adapter-source, and the remote sources, each in their order."""
+    folders = [LocalSource(_existing_folder("--adapters", root)) for root in config.adapter_roots]
+    remotes: list[RemoteSource] = []
+    options = RemoteOptions(allow_private=config.allow_private_sources, allowed_hosts=config.source_redirect_hosts)
+    for url in dict.fromkeys(config.adapter_sources):
+        if url.startswith("file://") or "://" not in url:
+            folders.append(LocalSource(_existing_folder("--adapter-source", url.removeprefix("file://"))))
+            continue
+        try:
+            remotes.append(open_source(url, options=options))
+        except ValueError as error:
+            raise ConfigError(f"--adapter-source: {error}") from error
+    return folders, remotes
 
 
 def _allow_many_connections() -> None:

@@ -20,6 +20,7 @@ from adapters_store.errors import (
 from adapters_store.image import ImageHeader, read_header, write_image
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest
+from adapters_store.raw import RawFolder
 from adapters_store.ref import AdapterRef, SourceVersion, digest_of, image_key_of
 from adapters_store.sources.folder import PICKLE_FILE, READ_FILES, FileChanged
 from adapters_store.sources.local import LocalSource
@@ -36,6 +37,8 @@ class CompileJob(msgspec.Struct, frozen=True):
     version: SourceVersion
     images_dir: str
     limits: Limits
+    folder: str | None = None
+    """where a remote adapter's files are, as fetched; None: the version's own folder"""
 
 
 class CompileResult(msgspec.Struct, frozen=True):
@@ -60,7 +63,7 @@ def run_job(job: CompileJob, manifest: BaseManifest, base: BaseWeights) -> Compi
     A set of files that changed while it was read is torn, and is read anew. So is one that is wrong but
     was written moments ago and changes meanwhile.
     """
-    source = LocalSource(Path(job.version.source))
+    source = LocalSource(Path(job.version.source)) if job.folder is None else RawFolder(Path(job.folder))
     for attempt in range(ATTEMPTS):
         started = time.perf_counter()
         try:
@@ -79,7 +82,7 @@ def run_job(job: CompileJob, manifest: BaseManifest, base: BaseWeights) -> Compi
     raise AdapterUnavailable(f"the files of adapter {job.version.name} keep changing while they are read; try again")
 
 
-def _fetch_once(source: LocalSource, job: CompileJob) -> _Fetched:
+def _fetch_once(source: LocalSource | RawFolder, job: CompileJob) -> _Fetched:
     """The files as they are now; FileChanged when they are torn."""
     version = source.again(job.version)
     if version is None:
@@ -89,10 +92,12 @@ def _fetch_once(source: LocalSource, job: CompileJob) -> _Fetched:
     files = {file.name: source.read(version, file) for file in read}
     if source.again(version) != version:
         raise FileChanged(job.version.name)
-    digest = digest_of({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    if isinstance(source, RawFolder):
+        source.check(version, sha256)
     if any(file.name == PICKLE_FILE for file in version.files):
         files[PICKLE_FILE] = memoryview(b"")  # its presence is known, its content is never read
-    return _Fetched(version, files, digest)
+    return _Fetched(version, files, digest_of(sha256))
 
 
 def _compile(
@@ -134,8 +139,10 @@ def _ref_of(fetched: _Fetched, header: ImageHeader, path: Path) -> AdapterRef:
     )
 
 
-def _changes_still(source: LocalSource, version: SourceVersion) -> bool:
+def _changes_still(source: LocalSource | RawFolder, version: SourceVersion) -> bool:
     """Whether the files were written moments ago and, after a short wait, are others."""
+    if isinstance(source, RawFolder):
+        return False
     before = source.again(version)
     if before is None or time.time() - max(file.mtime_ns for file in before.files) / 1e9 > SETTLE_S:
         return False

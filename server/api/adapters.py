@@ -60,7 +60,7 @@ def adapter_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/adapters", response_class=Response)
     async def adapters() -> Response:
-        """Every adapter of the catalog and where it is: source, disk, host memory, device."""
+        """Every adapter of the catalog and where it is: source, fetched files, disk, host memory, device."""
         described = []
         for index, listing in enumerate(await service.state.catalog.list(), start=1):
             described.append(_describe(service, listing))
@@ -232,7 +232,8 @@ def _describe(service: Service, listing: Listing) -> dict[str, object]:
         "image_key": ref.image_key if ref else None,
         "rank": ref.max_rank if ref else None,
         "bytes": ref.data_bytes if ref else None,
-        "source": {"bytes": sum(file.size for file in listing.version.files)},
+        "source": {"bytes": sum(file.size for file in listing.version.files) if listing.version.files else None},
+        "raw": {"state": _raw_state(service, key)},
         "disk": {"state": "compiled" if ref else "compiling" if is_compiling else "absent"},
         "host": {"state": "held" if ref is not None and state.engine.residents.is_hosted(ref.image_key) else "absent"},
         "device": _on_device(service, listing.name, ref),
@@ -241,6 +242,14 @@ def _describe(service: Service, listing: Listing) -> dict[str, object]:
         "last_error": {"message": error, "time": error_s or None} if error is not None else None,
         "warnings": list(ref.warnings) if ref else [],
     }
+
+
+def _raw_state(service: Service, version_key: str) -> str:
+    """Of a remote adapter's files on disk; those of a folder of this machine are never copied."""
+    remote = service.state.catalog.remote
+    if remote is None:
+        return "absent"
+    return "held" if remote.raw.peek(version_key) else "fetching" if remote.is_fetching(version_key) else "absent"
 
 
 def _on_device(service: Service, name: str, ref: AdapterRef | None) -> dict[str, object]:

@@ -113,9 +113,9 @@ async def test_metrics_of_the_tiers(served):
         load_seconds=loads.load_seconds,
     )
     samples = await scrape(served)
-    assert by_label(samples, "multilora_tier_adapters", "tier") == {"disk": 1, "host": 5, "device": 3}
-    assert by_label(samples, "multilora_tier_bytes", "tier") == {"disk": 1000, "host": 777, "device": 12345}
-    assert by_label(samples, "multilora_tier_evictions_total", "tier") == {"disk": 2, "host": 6, "device": 4}
+    assert by_label(samples, "multilora_tier_adapters", "tier") == {"raw": 0, "disk": 1, "host": 5, "device": 3}
+    assert by_label(samples, "multilora_tier_bytes", "tier") == {"raw": 0, "disk": 1000, "host": 777, "device": 12345}
+    assert by_label(samples, "multilora_tier_evictions_total", "tier") == {"raw": 0, "disk": 2, "host": 6, "device": 4}
     sums = samples["multilora_adapter_load_seconds_sum"].items()
     seconds = {(dict(key)["tier"], dict(key)["phase"]): value for key, value in sums}
     assert seconds == {("disk", "compile"): 1.5, ("device", "host"): 0.5, ("device", "device"): 0.25}

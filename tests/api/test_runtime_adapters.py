@@ -17,11 +17,13 @@ from adapters_store.errors import (
     AdapterUnavailable,
     AdapterUnsupported,
 )
+from adapters_store.remote_tier import RemoteTier
 from server.api.door import DRAINING_RETRY_AFTER_S
 from server.api.pins import Pins
 from server.engine.messages import SlotChange
 from tests.api.conftest import BASE, add_adapter, serve
 from tests.api.doubles import ref_of
+from tests.store.fake_source import FakeSource
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -315,6 +317,37 @@ async def test_a_draining_server_says_so_in_both_forms(served):
 
 
 # --- the listing ----------------------------------------------------------------------------------------
+
+
+async def test_the_listing_tells_where_a_remote_adapters_files_are(served, tmp_path):
+    source = FakeSource()
+    source.put("far", {"adapter_config.json": b"{}"})
+    catalog = served.state.catalog
+    tier = catalog.remote = RemoteTier([source], tmp_path / "cache")
+    catalog._list_age_s = 0.0
+
+    async def far() -> dict:
+        return (await listed(served))["far"]
+
+    async def fetch() -> None:
+        async with tier.files(await catalog.resolve("far")):
+            pass
+
+    never_asked_for = await far()
+    assert (never_asked_for["source"], never_asked_for["raw"]) == ({"bytes": None}, {"state": "absent"})
+    assert never_asked_for["root"] == "far"
+    await catalog.resolve("far")
+    assert ((await far())["source"], (await far())["raw"]) == ({"bytes": 2}, {"state": "absent"})
+    source.gate.clear()
+    fetching = asyncio.create_task(fetch())
+    while not source.at_once:
+        await asyncio.sleep(0)
+    assert (await far())["raw"] == {"state": "fetching"}
+    source.gate.set()
+    await fetching
+    assert (await far())["raw"] == {"state": "held"}
+    assert (await listed(served))["team/sql"]["raw"] == {"state": "absent"}
+    await tier.close()
 
 
 async def test_the_listing_tells_the_tiers(served):

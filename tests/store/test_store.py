@@ -309,7 +309,7 @@ async def test_a_flight_given_up_does_not_take_its_successor_off_the_books(store
     third = asyncio.create_task(store.ensure(version))
     await asyncio.sleep(0)
     assert len(store._flights) == 1
-    assert store._flights[version.key].waiters == 2
+    assert store._flights.waiters(version.key) == 2
     assert await second == await third
 
 

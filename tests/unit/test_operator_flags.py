@@ -7,9 +7,10 @@ import os
 import pytest
 from typer.testing import CliRunner
 
-from server import cli, config
+from server import cli, config, launch
 from server.banner import warnings_of
 from server.config import EngineConfig, ServerConfig, available_cpus
+from server.errors import ConfigError
 
 
 def parsed(monkeypatch, *flags: str, env: dict[str, str] | None = None) -> ServerConfig:
@@ -32,6 +33,40 @@ def test_values(monkeypatch):
     found = parsed(monkeypatch, *flags, "--allowed-origins", '["https://a.example"]')
     assert (found.max_queue_len, found.shutdown_timeout_s, found.engine_stall_timeout_s) == (7, 3, 9)
     assert not found.has_access_log and found.allowed_origins == ("https://a.example",)
+
+
+def test_remote_sources(monkeypatch):
+    found = parsed(monkeypatch)
+    assert (found.adapter_sources, found.disk_quota, found.raw_quota) == ((), None, None)
+    assert (found.names.on_source_down, found.names.on_source_delete) == ("serve", "drop")
+    assert (found.names.poll_interval_s, found.names.miss_ttl_s, found.allow_private_sources) == (10, 5, False)
+    flags = ["--adapter-source", "s3://b/one", "--adapter-source", "hf://org", "--adapter-source-allow-private"]
+    flags += ["--adapter-source-allow-host", "cdn.example:8443"]
+    flags += ["--adapter-poll-interval", "1.5", "--adapter-miss-ttl", "0", "--raw-quota", "1KiB", "--disk-quota", "0"]
+    found = parsed(monkeypatch, *flags, "--on-source-down", "fail", "--on-source-delete", "keep")
+    assert found.adapter_sources == ("s3://b/one", "hf://org") and found.allow_private_sources
+    assert found.source_redirect_hosts == ("cdn.example:8443",)
+    assert (found.disk_quota, found.raw_quota) == (0, 1024)
+    policy = (found.names.poll_interval_s, found.names.miss_ttl_s)
+    assert policy == (1.5, 0) and (found.names.on_source_down, found.names.on_source_delete) == ("fail", "keep")
+
+
+def test_a_policy_that_is_none_is_refused():
+    result = CliRunner().invoke(cli.app, ["serve", "--model", "base", "--on-source-down", "guess"])
+    assert result.exit_code == 2 and "serve" in result.output
+
+
+def test_sources_are_opened_in_their_order_folders_apart(tmp_path):
+    engine = EngineConfig(model="base")
+    sources = ("s3://b/one", str(tmp_path), f"file://{tmp_path}/", "https://host.example/two", "s3://b/one")
+    folders, remotes = launch._open_sources(ServerConfig(engine=engine, served_names=("b",), adapter_sources=sources))
+    assert [folder.root for folder in folders] == [tmp_path, tmp_path]
+    assert [remote.source for remote in remotes] == ["s3://b/one", "https://host.example/two"]
+    for url, word in (("ftp://host/x", "ftp"), ("s3://key:secret@b/x", "--adapter-source"), ("/no/such", "no such")):
+        config = ServerConfig(engine=engine, served_names=("b",), adapter_sources=(url,))
+        with pytest.raises(ConfigError, match=word) as refused:
+            launch._open_sources(config)
+        assert "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

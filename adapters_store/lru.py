@@ -1,0 +1,113 @@
+"""What the folders of the disk tiers share: who is there, who is needed, what goes when the quota is reached."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+
+STALE_TEMPORARY_S = 3600.0
+TOUCH_S = 10.0  # how exact the order of use on disk is
+
+
+class Resident(msgspec.Struct):
+    """A file or a folder that is there."""
+
+    num_bytes: int
+    used_at: float
+    """wall-clock seconds; kept as the mtime, so that the order of use survives a restart"""
+
+
+R = TypeVar("R", bound=Resident)
+
+
+class LeasedLru(Generic[R]):
+    """Residents of one folder by key, under a byte quota. Not thread-safe.
+
+    With a quota, unleased residents go, least recently used first; one used in the last `grace_s` seconds
+    stays, so that it can't vanish between its arrival and the lease on it. The quota may be exceeded by what
+    is leased or just used. Without a quota nothing goes.
+    """
+
+    def __init__(
+        self,
+        quota_bytes: int | None,
+        *,
+        path_of: Callable[[str], Path],
+        drop: Callable[[str], None],
+        grace_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`drop` takes a key out of `residents` and its files off the disk."""
+        self.residents: dict[str, R] = {}
+        self.evictions = 0
+        self.leases: Counter[str] = Counter()
+        self._quota_bytes = quota_bytes
+        self._path_of = path_of
+        self._drop = drop
+        self._grace_s = grace_s
+        self._clock = clock
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of all residents."""
+        return sum(resident.num_bytes for resident in self.residents.values())
+
+    def touch(self, key: str) -> None:
+        """Note a use."""
+        now, resident = self._clock(), self.residents[key]
+        if now - resident.used_at >= TOUCH_S:
+            with contextlib.suppress(OSError):
+                os.utime(self._path_of(key), (now, now))
+        resident.used_at = now
+
+    def lease(self, key: str) -> bool:
+        """Pin a resident until `release`; whether it is there."""
+        if key not in self.residents:
+            return False
+        self.leases[key] += 1
+        self.touch(key)
+        return True
+
+    def release(self, key: str) -> None:
+        """Give back one lease."""
+        assert self.leases[key] > 0, f"released without a lease: {key}"
+        self.leases[key] -= 1
+        if not self.leases[key]:
+            del self.leases[key]
+            self.evict()
+
+    def evict(self) -> None:
+        """Bring the folder back under its quota, as far as leases and uses of late allow."""
+        if self._quota_bytes is None:
+            return
+        used, now = self.bytes_used, self._clock()
+        for key, resident in sorted(self.residents.items(), key=lambda item: item[1].used_at):
+            if used <= self._quota_bytes:
+                return
+            if self.leases[key] or now - resident.used_at < self._grace_s:
+                continue
+            used -= resident.num_bytes
+            self._drop(key)
+            self.evictions += 1
+
+
+def lock_folder(folder: Path, *, exclusive: bool) -> int:
+    """Lock a tier's folder: alone for who evicts, shared for who only adds. OSError when it is taken."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise OSError(
+            error.errno,
+            f"{folder} is in use by another server, and one of the two has a disk quota: give each its own",
+        ) from error
+    return descriptor

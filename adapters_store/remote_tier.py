@@ -1,0 +1,196 @@
+"""Adapters behind a network: which names the remote sources have, and their files brought to the raw tier."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from adapters_store.chat_template import AdapterTemplate, check_template_sizes, read_chat_template
+from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged
+from adapters_store.flights import Flights
+from adapters_store.limits import Limits
+from adapters_store.raw import RawFiles, RawFolder, fetched_files, hash_files
+from adapters_store.ref import SourceVersion
+from adapters_store.remote_names import NOT_ASKABLE, NamePolicy, RemoteNames
+from adapters_store.sources.folder import TEMPLATE_FILES, FileChanged
+from adapters_store.sources.remote import RemoteSource
+
+MAX_FETCHES = 8
+LEASE_ATTEMPTS = 3
+
+
+class Fetched(NamedTuple):
+    """Files on disk, leased."""
+
+    folder: Path
+    seconds: float
+    """that the fetch took, without its wait for a turn; 0 when they were here"""
+
+
+class RemoteTier:
+    """Owner of the remote sources and of the raw tier. Lives on one event loop.
+
+    `sources` in their order: the first that has a name wins.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[RemoteSource],
+        cache_dir: Path,
+        *,
+        policy: NamePolicy | None = None,
+        limits: Limits | None = None,
+        quota_bytes: int | None = None,
+        max_fetches: int = MAX_FETCHES,
+        eviction_grace_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.policy = policy or NamePolicy()
+        self.names = tuple(RemoteNames(source, cache_dir / "names", self.policy, clock) for source in sources)
+        self.raw = RawFiles(cache_dir, quota_bytes, grace_s=eviction_grace_s)
+        self.fetches = 0
+        """fetches since start that brought files here"""
+        self.fetched_bytes = 0
+        self.hits = 0
+        """uses since start that found the files here"""
+        self._by_source = {names.remote.source: names for names in self.names}
+        self._limits = limits or Limits()
+        self._fetches: Flights[float] = Flights()
+        self._turns = asyncio.Semaphore(max_fetches)
+
+    @property
+    def stale_uses(self) -> int:
+        """Times since start that a version was served which its source could not confirm."""
+        return sum(names.stale_uses for names in self.names)
+
+    def covers(self, version: SourceVersion) -> bool:
+        """Whether the version is of one of these sources."""
+        return version.source in self._by_source
+
+    async def resolve(self, name: str) -> SourceVersion | None:
+        """What `name` points to at the first source that has it.
+
+        A source that can't be asked is passed over only when a later one is known to serve the name: then
+        this one did not have it when it was asked last. Else its AdapterError is raised.
+        """
+        for index, names in enumerate(self.names):
+            try:
+                version = await names.resolve(name)
+            except NOT_ASKABLE:
+                if not any(later.serves(name) for later in self.names[index + 1 :]):
+                    raise
+                continue
+            if version is not None:
+                return version
+        return None
+
+    async def again(self, version: SourceVersion) -> SourceVersion:
+        """What the version's name points to now, asked of its source; AdapterNotFound when it has gone."""
+        newer = await self._by_source[version.source].ask(version.name)
+        if newer is None:
+            raise AdapterNotFound(f"The model {version.name!r} does not exist (any more).")
+        return newer
+
+    def doubt(self, version: SourceVersion) -> None:
+        """The version came to nothing: who names it next asks its source."""
+        self._by_source[version.source].doubt(version)
+
+    def is_fetching(self, version_key: str) -> bool:
+        """Whether the files of that version are on their way or wait for a turn."""
+        return version_key in self._fetches
+
+    @asynccontextmanager
+    async def files(self, version: SourceVersion, *, confirms: bool = True) -> AsyncIterator[Fetched]:
+        """The files of `version` on disk, fetched if need be, leased in the block.
+
+        Raises AdapterError, and FileChanged when the source has another version by now; that is looked at
+        after the fetch too if `confirms`, for files that were noted while they were being replaced.
+        """
+        key = version.key
+        for _ in range(LEASE_ATTEMPTS):
+            seconds = 0.0
+            if self.raw.find(version):
+                self.hits += 1
+            else:
+                seconds = await self._fetches.join(key, lambda: self._fetch(version, confirms))
+            if self.raw.lease(key):
+                break
+        else:
+            raise AdapterUnavailable(f"the files of adapter {version.name} went for others before they were used")
+        try:
+            yield Fetched(self.raw.folder_of(key), seconds)
+        finally:
+            self.raw.release(key)
+
+    async def chat_template(self, version: SourceVersion) -> AdapterTemplate | None:
+        """The adapter's own chat template. Its files alone are fetched where the adapter's are not here."""
+        check_template_sizes(version)
+        part = msgspec.structs.replace(
+            version, files=tuple(file for file in version.files if file.name in TEMPLATE_FILES)
+        )
+        if not part.files:
+            return None
+        held = version if self.raw.find(version) else part
+        try:
+            return await self._read_template(version, held)
+        except RawDamaged:
+            self.raw.discard(held.key)
+            return await self._read_template(version, part)
+
+    async def close(self) -> None:
+        """Give up what is under way and close the sources."""
+        await self._fetches.close()
+        for names in self.names:
+            await names.close()
+        self.raw.close()
+
+    async def _read_template(self, version: SourceVersion, held: SourceVersion) -> AdapterTemplate | None:
+        try:
+            async with self.files(held, confirms=False) as fetched:
+                return await asyncio.to_thread(read_chat_template, version, RawFolder(fetched.folder))
+        except FileChanged as error:
+            self.doubt(version)
+            raise AdapterUnavailable(
+                f"the chat template of adapter {version.name} is being replaced; try again"
+            ) from error
+
+    async def _fetch(self, version: SourceVersion, confirms: bool) -> float:
+        """Bring files to the raw tier; how many seconds that took. A full disk is AdapterUnavailable."""
+        names = self._by_source[version.source]
+        async with self._turns:
+            started = time.perf_counter()
+            folder: Path | None = None
+            try:
+                folder = self.raw.new_folder()
+                await names.remote.fetch(version, folder, self._limits)
+                hashing = asyncio.to_thread(hash_files, version, folder)
+                sha256, _ = await asyncio.gather(hashing, _confirm(names, version) if confirms else asyncio.sleep(0))
+                self.raw.adopt(version, folder, sha256)
+                folder = None
+            except OSError as error:
+                reason = error.strerror or repr(error)
+                raise AdapterUnavailable(f"the files of adapter {version.name} can't be kept: {reason}") from error
+            finally:
+                if folder is not None:
+                    self.raw.abandon(folder)
+            self.fetches += 1
+            self.fetched_bytes += sum(file.size for file in fetched_files(version))
+            return time.perf_counter() - started
+
+
+async def _confirm(names: RemoteNames, version: SourceVersion) -> None:
+    """FileChanged when the source has another version by now, AdapterNotFound when it has none."""
+    try:
+        now = await names.ask(version.name)
+    except AdapterError:
+        return  # each file is the one that was noted; that the source went away since says nothing else
+    if now is None:
+        raise AdapterNotFound(f"The model {version.name!r} does not exist (any more).")
+    if now != version:
+        raise FileChanged(version.name)

@@ -1,0 +1,200 @@
+"""Bringing the files of one adapter into a folder: ranged parts in parallel, retried, checked, bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
+from adapters_store.limits import Limits
+from adapters_store.ref import FileVersion, SourceVersion
+from adapters_store.sources.folder import READ_FILES, TEMPLATE_FILES
+from adapters_store.sources.retry import Passing, Retry
+
+CHUNK_BYTES = 1 << 20
+"""What a reader hands to Part.write at a time, about."""
+FILE_TRIES = 2
+"""A file whose checksum differs is brought so often before it is called corrupt."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """What a store says of a file's content."""
+
+    algorithm: str
+    """a name that hashlib knows, or "git": sha1 over "blob SIZE\\0" and the content"""
+    hexdigest: str
+    is_guess: bool = False
+    """an S3 ETag is the MD5 of an object only where that isn't encrypted with a key of its own: what differs counts
+    only when another file of the same adapter has the checksum guessed for it"""
+
+    def fits(self, path: Path) -> bool:
+        """Whether the file has this checksum. Blocking."""
+        size = path.stat().st_size
+        digest = hashlib.sha1(b"blob %d\0" % size) if self.algorithm == "git" else hashlib.new(self.algorithm)
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest() == self.hexdigest
+
+
+@dataclass(slots=True)
+class Part:
+    """The bytes [position, stop) of a file that are still to come, and where they go."""
+
+    file: FileVersion
+    position: int
+    stop: int
+    descriptor: int
+    is_whole_file: bool
+    told: dict[str, Checksum]
+    """by file name: checksums of whole files that came with an answer; the reader adds to it"""
+
+    async def write(self, data: Any) -> None:
+        """The next bytes (any buffer). Passing when there are more than were asked for: none of those is written."""
+        view = memoryview(data)
+        if self.position + len(view) > self.stop:
+            raise Passing(f"{self.file.name}: more bytes came than were asked for")
+        # in a thread, since a disk may stall; waited for even when cancelled, since the descriptor is closed after
+        writing = asyncio.ensure_future(asyncio.to_thread(_write_all, self.descriptor, view, self.position))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait([writing])
+            raise
+        self.position += len(view)
+
+
+class RangesIgnored(Exception):
+    """The store answers a range with the whole file."""
+
+
+Read = Callable[[Part], Awaitable[None]]
+"""One try: asks for a part's bytes, on the condition that the file is the noted one, and writes them to it.
+
+Raises Passing, FileChanged, AdapterDenied, AdapterUnavailable, RangesIgnored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """How files are brought here."""
+
+    retry: Retry
+    part_bytes: int
+    parts_in_flight: int
+    min_bytes_per_s: int
+    grace_s: float
+
+    async def fetch(
+        self,
+        version: SourceVersion,
+        folder: Path,
+        limits: Limits,
+        read: Read,
+        checksums: Callable[[FileVersion], Checksum | None],
+    ) -> None:
+        """Bring what the server reads of `version` into `folder`; RemoteSource.fetch says how it ends.
+
+        `checksums`: what the noted version of a file says of its content.
+        """
+        files = [file for file in version.files if file.name in (*READ_FILES, *TEMPLATE_FILES)]
+        limits.check_files(files)
+        total = sum(file.size for file in files)
+        allowed_s = self.grace_s + total / self.min_bytes_per_s
+        job = _Job(self, version, folder, read, checksums, asyncio.Semaphore(self.parts_in_flight))
+        try:
+            async with asyncio.timeout(allowed_s):
+                await job.bring(files)
+        except TimeoutError:
+            raise AdapterUnavailable(
+                f"{version.name} of {version.source} comes too slowly: {total} bytes are not here after "
+                f"{allowed_s:.0f} s; the floor is {self.min_bytes_per_s} bytes a second after {self.grace_s:.0f} s"
+            ) from None
+
+
+@dataclass(slots=True)
+class _Job:
+    """One fetch under way."""
+
+    transfer: Transfer
+    version: SourceVersion
+    folder: Path
+    read: Read
+    checksums: Callable[[FileVersion], Checksum | None]
+    free: asyncio.Semaphore
+    told: dict[str, Checksum] = field(default_factory=dict)
+
+    async def bring(self, files: list[FileVersion]) -> None:
+        """All files, whole and checked."""
+        pending = files
+        for _ in range(FILE_TRIES):
+            await all_of(self._bring_file(file) for file in pending)
+            pending = await asyncio.to_thread(self._differing, files)
+            if not pending:
+                return
+        raise AdapterCorrupt(
+            f"{pending[0].name} of {self.version.name} from {self.version.source} differs from the checksum that "
+            f"the store gives, {FILE_TRIES} times in a row"
+        )
+
+    def _differing(self, files: list[FileVersion]) -> list[FileVersion]:
+        """The files whose content is not what the store says of it. Blocking."""
+        fits: dict[FileVersion, bool] = {}
+        guessed: dict[FileVersion, bool] = {}
+        for file in files:
+            checksum = self.told.get(file.name) or self.checksums(file)
+            if checksum is not None:
+                (guessed if checksum.is_guess else fits)[file] = checksum.fits(self.folder / file.name)
+        if any(guessed.values()):
+            fits |= guessed
+        return [file for file, is_right in fits.items() if not is_right]
+
+    async def _bring_file(self, file: FileVersion) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        with ExitStack() as opened:
+            descriptor = os.open(self.folder / file.name, flags, 0o600)
+            opened.callback(os.close, descriptor)
+            size, step = file.size, self.transfer.part_bytes
+            ends = [(start, min(start + step, size)) for start in range(0, size, step)]
+            try:
+                await all_of(self._bring_part(file, start, stop, descriptor) for start, stop in ends)
+            except RangesIgnored:
+                await self._bring_part(file, 0, size, descriptor)
+
+    async def _bring_part(self, file: FileVersion, start: int, stop: int, descriptor: int) -> None:
+        part = Part(file, start, stop, descriptor, (start, stop) == (0, file.size), self.told)
+        async with self.free:
+            what = f"{file.name} of {self.version.name} from {self.version.source}"
+            await self.transfer.retry.run(what, partial(self._attempt, part))
+
+    async def _attempt(self, part: Part) -> None:
+        await self.read(part)
+        if part.position != part.stop:
+            raise Passing("the answer was cut short")
+
+
+async def all_of(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results; at the first failure, or cancelled, the others are cancelled and waited for."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count

@@ -1,0 +1,266 @@
+"""The raw tier on disk: what survives a restart, what does not, quota and leases; and misses, flights."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from adapters_store.errors import AdapterDenied, AdapterNotFound, AdapterUnavailable, RawDamaged
+from adapters_store.flights import Flights
+from adapters_store.lru import STALE_TEMPORARY_S
+from adapters_store.misses import Misses
+from adapters_store.raw import RECORD_FILE, RawFiles, RawFolder, hash_files
+from adapters_store.ref import FileVersion, SourceVersion
+
+CONTENT = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 100, "adapter_model.bin": b"pickle"}
+NUM_BYTES = 102  # the pickle is noted, never fetched
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def version_of(name: str) -> SourceVersion:
+    files = tuple(FileVersion(file, len(content), etag=name) for file, content in CONTENT.items())
+    return SourceVersion("s3://bucket", name, f"s3://bucket/{name}", files)
+
+
+def bring(raw: RawFiles, name: str) -> SourceVersion:
+    """What a fetch leaves."""
+    version, folder = version_of(name), raw.new_folder()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / file).write_bytes(CONTENT[file])
+    raw.adopt(version, folder, hash_files(version, folder))
+    return version
+
+
+def left(tmp_path: Path) -> set[str]:
+    return {path.name for path in (tmp_path / "raw").iterdir()} - {"lock"}
+
+
+def test_what_was_adopted_is_found_also_after_a_restart(tmp_path):
+    raw = RawFiles(tmp_path)
+    assert not raw.find(version_of("a"))
+    version = bring(raw, "a")
+    for tier in (raw, RawFiles(tmp_path)):
+        assert tier.find(version) and tier.peek(version.key)
+        assert (tier.num_entries, tier.bytes_used) == (1, NUM_BYTES)
+    mode = stat.S_IMODE(raw.folder_of(version.key).stat().st_mode)
+    assert (mode, stat.S_IMODE((tmp_path / "raw").stat().st_mode)) == (0o700, 0o700)
+    assert left(tmp_path) == {version.key}
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+@pytest.mark.parametrize("damage", ["shorter", "gone", "no record", "no folder"])
+def test_an_entry_that_is_not_whole_is_dropped(tmp_path, damage, is_restarted):
+    raw = RawFiles(tmp_path)
+    version = bring(raw, "a")
+    folder = raw.folder_of(version.key)
+    if damage == "shorter":
+        os.truncate(folder / "adapter_model.safetensors", 99)
+    elif damage == "gone":
+        (folder / "adapter_config.json").unlink()
+    elif damage == "no record":
+        (folder / RECORD_FILE).unlink()
+    else:
+        folder.rename(tmp_path / "elsewhere")
+    raw = RawFiles(tmp_path) if is_restarted else raw
+    assert not raw.find(version)
+    assert (raw.num_entries, raw.bytes_used, left(tmp_path)) == (0, 0, set())
+    assert raw.find(bring(raw, "a"))
+
+
+@pytest.mark.parametrize("record", [b"", b"{}", b'{"version": 1}'])
+def test_a_record_of_something_else_is_dropped_at_start(tmp_path, record):
+    raw = RawFiles(tmp_path)
+    version, other = bring(raw, "a"), bring(raw, "b")
+    (raw.folder_of(version.key) / RECORD_FILE).write_bytes(
+        record or (raw.folder_of(other.key) / RECORD_FILE).read_bytes()
+    )
+    assert left(tmp_path) == {version.key, other.key}
+    again = RawFiles(tmp_path)
+    assert not again.find(version) and again.find(other)
+    assert left(tmp_path) == {other.key}
+
+
+def test_who_reads_finds_other_bytes_of_the_same_size(tmp_path):
+    raw = RawFiles(tmp_path)
+    version = bring(raw, "a")
+    folder = RawFolder(raw.folder_of(version.key))
+    config, weights = version.files[:2]
+    assert folder.again(version) == version
+    assert bytes(folder.read(version, weights)) == CONTENT[weights.name]
+    sound = hash_files(version, raw.folder_of(version.key))
+    folder.check(version, sound)
+    with pytest.raises(RawDamaged, match=weights.name):
+        folder.check(version, sound | {weights.name: sound[config.name]})
+    with pytest.raises(RawDamaged):
+        folder.again(version_of("b"))
+    os.truncate(raw.folder_of(version.key) / weights.name, 50)
+    with pytest.raises(RawDamaged, match=weights.name):
+        folder.read(version, weights)
+    with pytest.raises(AdapterUnavailable, match="not fetched whole"):
+        hash_files(version, raw.folder_of(version.key))
+
+
+def test_the_least_recently_used_goes_and_what_is_leased_stays(tmp_path):
+    clock = Clock()
+    raw = RawFiles(tmp_path, 2 * NUM_BYTES, grace_s=0.0, clock=clock)
+    a, b, c = (bring(raw, name) for name in "abc")
+    assert [raw.peek(version.key) for version in (a, b, c)] == [False, True, True]
+    assert raw.lease(b.key) and not raw.lease(a.key)
+    clock.now += 100
+    assert raw.find(c)
+    d = bring(raw, "d")
+    assert [raw.peek(version.key) for version in (b, c, d)] == [True, False, True]
+    bring(raw, "e")
+    bring(raw, "f")
+    assert raw.peek(b.key) and raw.num_leases == 1
+    raw.release(b.key)
+    assert (raw.num_leases, raw.evictions, raw.num_entries) == (0, 4, 2)
+    assert raw.bytes_used <= 2 * NUM_BYTES
+
+
+def test_a_quota_of_nothing_keeps_what_is_in_use_and_no_more(tmp_path):
+    clock = Clock()
+    raw = RawFiles(tmp_path, 0, grace_s=50.0, clock=clock)
+    version = bring(raw, "a")
+    assert raw.lease(version.key)  # within the grace
+    clock.now += 100
+    raw.release(version.key)
+    assert (raw.num_entries, left(tmp_path)) == (0, set())
+
+
+def test_the_order_of_use_survives_a_restart(tmp_path):
+    clock = Clock()
+    raw = RawFiles(tmp_path, 10 * NUM_BYTES, clock=clock)
+    a, b = bring(raw, "a"), bring(raw, "b")
+    clock.now += 100
+    assert raw.find(a)
+    raw.close()
+    again = RawFiles(tmp_path, 2 * NUM_BYTES, grace_s=0.0, clock=clock)
+    bring(again, "c")
+    assert again.peek(a.key) and not again.peek(b.key)
+
+
+@pytest.mark.parametrize(("quota", "age_s", "is_swept"), [(1000, 0, True), (None, 0, False), (None, 1, True)])
+def test_half_written_folders_are_swept_at_start(tmp_path, quota, age_s, is_swept):
+    """All of them where this process is alone in the folder, else only the old ones."""
+    raw = RawFiles(tmp_path)
+    half = raw.new_folder()
+    (half / "adapter_config.json").write_bytes(b"{")
+    raw.close()
+    if age_s:
+        os.utime(half, (1, 1))
+    assert STALE_TEMPORARY_S > 60
+    RawFiles(tmp_path, quota)
+    assert half.exists() is not is_swept
+
+
+def test_who_evicts_is_alone_in_the_folder(tmp_path):
+    alone = RawFiles(tmp_path, 1000)
+    with pytest.raises(OSError, match="in use by another server"):
+        RawFiles(tmp_path)
+    alone.close()
+    RawFiles(tmp_path).close()
+
+
+def test_two_processes_that_bring_the_same_version(tmp_path):
+    one, other = RawFiles(tmp_path), RawFiles(tmp_path)
+    version = bring(one, "a")
+    bring(other, "a")
+    assert one.find(version) and other.find(version)
+    assert left(tmp_path) == {version.key}
+
+
+def test_a_refusing_disk_is_said_and_leaves_the_folder_to_its_owner(tmp_path, monkeypatch):
+    raw = RawFiles(tmp_path)
+    version, folder = version_of("a"), raw.new_folder()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            raw.adopt(version, folder, {})
+    raw.abandon(folder)
+    assert (left(tmp_path), raw.num_entries) == (set(), 0)
+
+
+# --- misses ---------------------------------------------------------------------------------------------
+
+
+def test_misses_end():
+    now = 0.0
+    misses = Misses(5.0, clock=lambda: now)
+    misses.add("a", AdapterNotFound("no a"))
+    misses.add("b", AdapterDenied("not yours"))
+    found = misses.get("a")
+    assert isinstance(found, AdapterNotFound) and found.message == "no a"
+    assert misses.get("a") is not found  # raised by several, one object would collect their tracebacks
+    assert isinstance(misses.get("b"), AdapterDenied) and misses.get("c") is None
+    misses.forget("b")
+    assert misses.get("b") is None
+    now = 5.0
+    assert misses.get("a") is None and len(misses) == 0
+
+
+def test_misses_are_bounded():
+    misses = Misses(5.0, max_entries=3, clock=lambda: 0.0)
+    for number in range(100):
+        misses.add(f"{number}", AdapterNotFound("no"))
+    assert len(misses) == 3
+    assert misses.get("96") is None and misses.get("97") is not None
+
+
+# --- flights --------------------------------------------------------------------------------------------
+
+
+async def test_one_flight_for_all_and_none_when_the_last_has_left():
+    flights: Flights[int] = Flights()
+    starts = ends = 0
+    gate = asyncio.Event()
+
+    async def work() -> int:
+        nonlocal starts, ends
+        starts += 1
+        try:
+            await gate.wait()
+        finally:
+            ends += 1
+        return starts
+
+    leaving = [asyncio.create_task(flights.join("k", work)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert ("k" in flights, flights.waiters("k"), len(flights)) == (True, 3, 1)
+    leaving[0].cancel()
+    await asyncio.sleep(0)
+    assert (flights.waiters("k"), ends) == (2, 0)
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert (starts, ends, len(flights)) == (1, 1, 0)
+    gate.set()
+    assert await asyncio.gather(*(flights.join("k", work) for _ in range(3))) == [2, 2, 2]
+
+
+async def test_close_ends_all_flights():
+    flights: Flights[None] = Flights()
+    waiting = [asyncio.create_task(flights.join(key, lambda: asyncio.sleep(60))) for key in "ab"]
+    await asyncio.sleep(0)
+    await flights.close()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError] * 2
+    assert len(flights) == 0
