@@ -96,6 +96,7 @@ def test_demo_base(tmp_path_factory, tmp_path):
         max_num_seqs=16,
         max_step_tokens=128,
         max_adapters_per_step=4,
+        max_queue_wait_s=600.0,  # a busy machine is no fault here
     )
     counts = world.run(200, max_open=32, disturbances=0.4)
     stats = world.driver.core.step().stats
