@@ -23,17 +23,22 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.options import Parser, base_folder, count, lora_rank, result_file
 from loadtest.table import number, rows_table
 from server.config import default_cache_dir
+from server.errors import ConfigError
 
 console = Console()
 
 COMMANDS = ("serve", "compare", "peers", "catalog", "kernels")
+_LOWEST_ID = 3  # of prompts: below are special tokens
+_MAX_IDS = 40_000  # large vocabularies have special tokens at their end too
 
 
 @dataclass
@@ -52,9 +57,23 @@ class Workload:
         """Of the adapters, where all have the same."""
         return self.ranks[0]
 
+    def prompt(self, start: int) -> list[int]:
+        """`prompt_tokens` ids of the base's vocabulary, others for another `start`."""
+        return [_LOWEST_ID + (start + 11 * position) % self._num_ids for position in range(self.prompt_tokens)]
+
+    @cached_property
+    def _num_ids(self) -> int:
+        from server.model.skeleton import read_config
+
+        size: int = read_config(self.model).get_text_config().vocab_size
+        return min(_MAX_IDS, size - _LOWEST_ID)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the chosen parts (all of them by default) and print a table each; or one of COMMANDS."""
+    """Run the chosen parts (all of them by default) and print a table each; or one of COMMANDS.
+
+    Ends with status 2 for what can't be asked.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers that `peers` started are stopped then
@@ -77,13 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "streams": measure_streams,
     }
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="multilora bench", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="multilora bench", description=__doc__, formatter_class=raw)
     parser.add_argument("part", nargs="*", help=f"any of {', '.join(parts)}; default all")
-    parser.add_argument("--model", type=Path, help="a local base; default the demo base")
-    parser.add_argument("--num-adapters", type=int, default=32)
-    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="several for `cold`; the others: the first")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--model", type=base_folder, help="a local base; default the demo base")
+    parser.add_argument("--num-adapters", type=count, default=32)
+    parser.add_argument("--rank", type=lora_rank, nargs="+", default=[16], help="several for `cold`; else the first")
+    parser.add_argument("--repeats", type=count, default=3)
+    parser.add_argument("--json", type=result_file, help="write the figures here too")
     options = parser.parse_args(arguments)
     unknown = set(options.part) - set(parts)
     if unknown:
@@ -97,7 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures: dict[str, object] = {"machine": f"{platform.machine()}, {platform.platform()}"}
     for name in options.part or parts:
         with tempfile.TemporaryDirectory(prefix="multilora-bench-") as folder:
-            figures[name] = parts[name](workload, Path(folder))
+            try:
+                figures[name] = parts[name](workload, Path(folder))
+            except ConfigError as error:
+                parser.error(str(error))
         _print(name, figures[name])
     if not options.part and is_configured():
         _compare_with_peers(default_cache_dir() / "bench-peers")

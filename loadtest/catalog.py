@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -33,11 +33,16 @@ from rich.progress import track
 from rich.table import Table
 
 from loadtest.dialects import Dialect
+from loadtest.options import Parser, base_folder, count, count_or_none, positive, result_file, result_folder
 from loadtest.report import Figures
 from loadtest.serve import Plan, measure
 from loadtest.server_process import RunningServer, running_server
 from loadtest.table import number, rows_table
-from loadtest.workload import WorkloadSpec
+from loadtest.workload import WorkloadSpec, draw
+from server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from adapters_store.manifest import BaseManifest
 
 RANKS = (4, 5, 6, 7, 8)  # of the adapters, in turn
 GOAL = 1.25  # p90 time to first token, all registered over few
@@ -45,6 +50,8 @@ PARTS = ("catalog", "mixes")
 _TIERS = ("disk", "host", "device")
 _COMPILE_CLIENTS = 4
 _WARMUP_TOKENS = 4  # of an answer that isn't counted
+_MAX_ID = 30_000  # of random prompts, where the base has as many
+_RECORD = "made-for.json"  # in --folder: whose adapters lie there
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Bench:
 
     def ask(self, server: RunningServer, spec: WorkloadSpec, names: Sequence[str], console: Console) -> Figures:
         """Run it. Errors: RuntimeError if a request failed: what is left would be an easier workload."""
-        spec = dataclasses.replace(spec, num_adapters=len(names), highest_id=self.options.highest_id)
+        spec = dataclasses.replace(spec, num_adapters=len(names))
         result = measure(Plan(server.url, Dialect("openai", "base", names), spec, num_warmups=0), console)
         if result["failed"]:
             raise RuntimeError(f"{result['failed']} of {spec.num_requests} requests failed: {result['error_counts']}")
@@ -90,13 +97,15 @@ def main(arguments: Sequence[str]) -> None:
     """The command. Ends with status 2 for what can't be asked, 1 where a server or a request failed."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if len(options.registered) != 2 or not 0 < options.registered[0] < options.registered[1]:
-        parser.exit(2, "multilora bench catalog: --registered takes two numbers, the smaller first\n")
+    if options.registered[0] >= options.registered[1]:
+        parser.error("--registered takes two numbers, the smaller first")
     console = Console()
     with tempfile.TemporaryDirectory(prefix="multilora-bench-") as made:
         try:
             bench = _prepare(options, (options.folder or Path(made)).resolve(), console)
             results = _run(bench, console)
+        except (ConfigError, ValueError) as error:
+            parser.error(str(error))
         except RuntimeError as error:
             parser.exit(1, f"multilora bench catalog: {error}\n")
     console.print(_table(results["scenarios"]))
@@ -118,19 +127,64 @@ def scenarios_of(options: argparse.Namespace) -> list[Scenario]:
     return [*(catalog if "catalog" in options.parts else []), *(mixes if "mixes" in options.parts else [])]
 
 
+def check(options: argparse.Namespace, model: Path, names: Sequence[str]) -> None:
+    """All that can be known before adapters are written; `highest_id` is set by the vocabulary where it isn't given.
+
+    Errors: ConfigError or ValueError that says what can't be asked.
+    """
+    from server.model.skeleton import read_config
+
+    config = read_config(model).get_text_config()
+    options.highest_id = options.highest_id or min(_MAX_ID, config.vocab_size)
+    if options.highest_id > config.vocab_size:
+        raise ValueError(f"--highest-id {options.highest_id}: {model} has {config.vocab_size} token ids")
+    limit = getattr(config, "max_position_embeddings", None)  # without one, --flags have it
+    if limit and options.prompt_tokens + options.output_tokens > limit:
+        raise ValueError(
+            f"--prompt-tokens {options.prompt_tokens} and --output-tokens {options.output_tokens} are together more "
+            f"than the {limit} tokens of a request to {model}"
+        )
+    for scenario in scenarios_of(options):
+        found = names[: scenario.registered]
+        spec = dataclasses.replace(_spec(options, scenario, options.rate or 1.0, turn=0), num_adapters=len(found))
+        try:
+            draw(spec, found)
+        except ValueError as error:
+            raise ValueError(f"{scenario.name!r} with --registered {scenario.registered}: {error}") from None
+
+
+def claim(folder: Path, manifest: BaseManifest) -> None:
+    """Note whose adapters lie in `folder`. Errors: ValueError where they are for another base or of other ranks."""
+    mine = {"base": manifest.name_or_path, "digest": manifest.digest, "ranks": list(RANKS)}
+    record = folder / _RECORD
+    if not record.exists():
+        if any(folder.glob("first-*")):
+            raise ValueError(f"--folder {folder}: adapters of an unknown base are there, without a {_RECORD}")
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(mine) + "\n")
+    found = json.loads(record.read_text())
+    if any(found[key] != mine[key] for key in ("digest", "ranks")):
+        theirs, ours = (f"{of['base']} ({of['digest'][:12]}), ranks {of['ranks']}" for of in (found, mine))
+        raise ValueError(f"--folder {folder}: its adapters are for {theirs}, not for {ours}")
+
+
 def _prepare(options: argparse.Namespace, folder: Path, console: Console) -> Bench:
     """Write the adapters and have each compiled, where an earlier run in the same folder has not."""
     from server.config import default_cache_dir
     from server.demo import ensure_demo_base
+    from server.model.manifest import build_manifest
 
     model = options.model or ensure_demo_base(default_cache_dir())
     few, many = options.registered
     names = [f"c{index:04d}" for index in range(many)]
+    check(options, model, names)
+    manifest = build_manifest(model, "auto", folder / "hashes")
+    claim(folder, manifest)
     first, rest = folder / f"first-{few}", folder / f"rest-{few}-{many}"
     for path in (first, rest):
         path.mkdir(parents=True, exist_ok=True)
     paths = [(first if index < few else rest) / name for index, name in enumerate(names)]
-    _write(model, folder, [path for path in paths if not (path / "adapter_model.safetensors").exists()], console)
+    _write(manifest, [path for path in paths if not (path / "adapter_model.safetensors").exists()], console)
     bench = Bench(model, folder, names, first, rest, options)
     once = WorkloadSpec(
         num_requests=many,
@@ -138,6 +192,7 @@ def _prepare(options: argparse.Namespace, folder: Path, console: Console) -> Ben
         popularity="distinct",
         prompt_tokens="4",
         output_tokens="1",
+        highest_id=options.highest_id,
     )
     console.print(f"compiling {many} adapters")
     with bench.server(many) as server:
@@ -145,11 +200,9 @@ def _prepare(options: argparse.Namespace, folder: Path, console: Console) -> Ben
     return bench
 
 
-def _write(model: Path, folder: Path, paths: Sequence[Path], console: Console) -> None:
+def _write(manifest: BaseManifest, paths: Sequence[Path], console: Console) -> None:
     from loadtest.adapters import write_random_adapter
-    from server.model.manifest import build_manifest
 
-    manifest = build_manifest(model, "auto", folder / "hashes")
     for path in track(paths, "writing adapters", console=console, transient=True):
         index = int(path.name[1:])
         write_random_adapter(path, manifest, RANKS[index % len(RANKS)], seed=index)
@@ -186,6 +239,7 @@ def _capacity(bench: Bench, console: Console) -> list[float]:
         base_share=1.0,
         prompt_tokens=str(options.prompt_tokens),
         output_tokens=str(options.output_tokens),
+        highest_id=options.highest_id,
     )
     with bench.server(few) as server:
         bench.ask(server, dataclasses.replace(spec, output_tokens=str(_WARMUP_TOKENS)), [], console)
@@ -199,8 +253,25 @@ def _capacity(bench: Bench, console: Console) -> list[float]:
 
 def run_scenario(bench: Bench, scenario: Scenario, rate: float, turn: int, console: Console) -> Figures:
     """Figures of one run, with `tiers` of the counted requests."""
-    options, names = bench.options, bench.names[: scenario.registered]
-    spec = WorkloadSpec(
+    names, spec = bench.names[: scenario.registered], _spec(bench.options, scenario, rate, turn)
+    warmup = dataclasses.replace(
+        spec,
+        seed=spec.seed + (1 << 40),
+        num_requests=bench.options.warmup,
+        arrivals="closed:8",
+        output_tokens=str(_WARMUP_TOKENS),
+    )
+    with bench.server(scenario.registered) as server:
+        if warmup.num_requests:
+            bench.ask(server, warmup, names, console)
+        before = read_counters(server.url)
+        result = bench.ask(server, spec, names, console)
+        tiers = tier_figures(before, read_counters(server.url))
+    return {**result, "label": scenario.name, "tiers": tiers}
+
+
+def _spec(options: argparse.Namespace, scenario: Scenario, rate: float, turn: int) -> WorkloadSpec:
+    return WorkloadSpec(
         seed=1000 + turn,
         num_requests=options.num_requests,
         arrivals=f"poisson:{rate:g}",
@@ -208,20 +279,8 @@ def run_scenario(bench: Bench, scenario: Scenario, rate: float, turn: int, conso
         base_share=scenario.base_share,
         prompt_tokens=str(options.prompt_tokens),
         output_tokens=str(options.output_tokens),
+        highest_id=options.highest_id,
     )
-    warmup = dataclasses.replace(
-        spec,
-        seed=spec.seed + (1 << 40),
-        num_requests=options.warmup,
-        arrivals="closed:8",
-        output_tokens=str(_WARMUP_TOKENS),
-    )
-    with bench.server(scenario.registered) as server:
-        bench.ask(server, warmup, names, console)
-        before = read_counters(server.url)
-        result = bench.ask(server, spec, names, console)
-        tiers = tier_figures(before, read_counters(server.url))
-    return {**result, "label": scenario.name, "tiers": tiers}
 
 
 def read_counters(url: str) -> dict[str, float]:
@@ -311,24 +370,25 @@ def _table(scenarios: Mapping[str, Mapping[str, float | None]]) -> Table:
     return rows_table("medians", {label: {n: f[key] for n, f in scenarios.items()} for key, label in _SHOWN.items()})
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="multilora bench catalog", description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", type=Path, help="a local base; default the demo base")
+    parser = Parser(prog="multilora bench catalog", description=__doc__, formatter_class=raw)
+    parser.add_argument("--model", type=base_folder, help="a local base; default the demo base")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--registered", nargs=2, type=int, default=[32, 1000], help="adapters of the two servers")
-    parser.add_argument("--num-requests", type=int, default=200, help="of each run")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--load", type=float, default=0.7, help="arrivals, as a share of the base's capacity")
-    parser.add_argument("--rate", type=float, help="requests/s; the capacity is not measured then")
-    parser.add_argument("--concurrency", type=int, default=32, help="of the capacity's closed loop")
+    parser.add_argument("--registered", nargs=2, type=count, default=[32, 1000], help="adapters of the two servers")
+    parser.add_argument("--num-requests", type=count, default=200, help="of each run")
+    parser.add_argument("--repeats", type=count, default=3)
+    parser.add_argument("--load", type=positive, default=0.7, help="arrivals, as a share of the base's capacity")
+    parser.add_argument("--rate", type=positive, help="requests/s; the capacity is not measured then")
+    parser.add_argument("--concurrency", type=count, default=32, help="of the capacity's closed loop")
     parser.add_argument("--popularity", default="power:0.3")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--highest-id", type=int, default=30_000, help="of random prompts, not included")
-    parser.add_argument("--warmup", type=int, default=64, help="requests of the same kind before each run, not counted")
-    parser.add_argument("--folder", type=Path, help="keeps adapters and images for another run; else temporary")
+    parser.add_argument("--prompt-tokens", type=count, default=128)
+    parser.add_argument("--output-tokens", type=count, default=64)
+    parser.add_argument("--highest-id", type=count, help="of random prompts, not included; by the base's vocabulary")
+    warmup = "requests of the same kind before each run, not counted; 0: none"
+    parser.add_argument("--warmup", type=count_or_none, default=64, help=warmup)
+    parser.add_argument("--folder", type=result_folder, help="keeps adapters and images for a later run")
     parser.add_argument("--flags", default="", help="more of the servers' command line, in one string")
-    parser.add_argument("--out", type=Path, help="folder for the result of every run")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--out", type=result_folder, help="folder for the result of every run")
+    parser.add_argument("--json", type=result_file, help="write the figures here too")
     return parser

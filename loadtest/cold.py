@@ -90,10 +90,9 @@ def _phases(cold: dict[int, list[dict[str, float]]]) -> dict[str, dict[str, floa
 
 def _first_token(server: RunningServer, workload: Workload, model: str, seed: int) -> dict[str, float]:
     """Seconds to the first streamed text, and the phases that the server reports."""
-    start = 100 + 977 * seed
     body = {
         "model": model,
-        "prompt": [3 + (start + 11 * position) % 40_000 for position in range(workload.prompt_tokens)],
+        "prompt": workload.prompt(100 + 977 * seed),
         "max_tokens": 4,
         "temperature": 0,
         "ignore_eos": True,

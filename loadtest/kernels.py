@@ -18,7 +18,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -27,6 +26,7 @@ from kernels.cpu import library as native_library
 from kernels.cpu.library import Library
 from loadtest import kernel_cases
 from loadtest.kernel_cases import SHAPES, Case
+from loadtest.options import Parser, count, result_file
 from loadtest.table import rows_table
 
 ROWS = (1, 8, 32, 128)
@@ -45,13 +45,16 @@ _READ_BYTES = 16 << 20  # of a sample
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The command. Ends with status 1 where there are no native kernels."""
+    """The command. Ends with status 2 for what can't be asked, 1 where there are no native kernels."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    library = native_library()
+    try:
+        library = native_library()
+    except ValueError as error:
+        parser.error(str(error))
     if library is None:
         parser.exit(1, "multilora bench kernels: no native kernels here; MULTILORA_CPU_KERNELS and the log say why\n")
     console, limits = Console(), Limits(library)
@@ -183,14 +186,16 @@ def _seconds(call: Callable[[int, int], object], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="multilora bench kernels", description=__doc__, formatter_class=raw)
+    parser = Parser(prog="multilora bench kernels", description=__doc__, formatter_class=raw)
     kinds = ["gemm", "head", "lora", "attention", "small"]
     parser.add_argument("--kernels", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
-    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="of GEMMs, the head and the small ops")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--threads", type=int, help="torch threads; default is torch's own")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument(
+        "--rows", nargs="+", type=count, default=list(ROWS), help="of GEMMs, the head and the small ops"
+    )
+    parser.add_argument("--rounds", type=count, default=ROUNDS)
+    parser.add_argument("--threads", type=count, help="torch threads; default is torch's own")
+    parser.add_argument("--json", type=result_file, help="write the figures here too")
     return parser

@@ -132,8 +132,7 @@ def _decoding(llm: LLM, workload: Workload, adapters: Sequence[str | None]) -> t
     runner._forward, runner._sampler.sample, core._batches = forward, sample, batches
     ids = []
     for index, adapter in enumerate(adapters):
-        prompt = [3 + (7 * index + 11 * position) % 4000 for position in range(workload.prompt_tokens)]
-        ids.append(llm.submit(prompt, adapter, params))
+        ids.append(llm.submit(workload.prompt(7 * index), adapter, params))
     found: list[tuple[float, float]] = []
     deadline = time.monotonic() + 600
     while len(found) < NUM_STEPS:

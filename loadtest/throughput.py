@@ -82,10 +82,9 @@ async def _wave(server: RunningServer, workload: Workload, models: list[str], se
 
 
 async def _complete(client: httpx.AsyncClient, workload: Workload, model: str, seed: int, index: int) -> int:
-    start = 100 + 4001 * seed + 131 * index
     body = {
         "model": model,
-        "prompt": [3 + (start + 11 * position) % 40_000 for position in range(workload.prompt_tokens)],
+        "prompt": workload.prompt(100 + 4001 * seed + 131 * index),
         "max_tokens": workload.output_tokens,
         "temperature": 0,
         "ignore_eos": True,

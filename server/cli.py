@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from adapters_store.remote_names import NamePolicy, SourceDelete, SourceDown
-from server.config import EngineConfig, ServerConfig, default_cache_dir, parse_bytes
+from server.config import EngineConfig, KernelBackend, ServerConfig, default_cache_dir, parse_bytes
 from server.errors import ConfigError
 from server.vllm_flags import explain_vllm_flags, parse_lora_modules, split_names, spread_lora_modules
 
@@ -140,7 +140,7 @@ AllowedOrigins = Annotated[
 ]
 CacheDir = Annotated[Path | None, typer.Option(help="Where compiled adapters are kept. Default: ~/.cache/multilora.")]
 Backend = Annotated[
-    str,
+    KernelBackend,
     typer.Option(help="Kernels: cpu (native, built on first use), torch, or auto: cpu where there is a compiler."),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the model. Default: the CPU quota.", min=1, max=1024)]

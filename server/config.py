@@ -14,6 +14,7 @@ from adapters_store.remote_names import NamePolicy
 from server.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KernelBackend = Literal["auto", "cpu", "torch", "reference"]  # beside auto the names of kernels/ops.py
 
 _UNITS = {"": 1} | {letter: 1000**power for power, letter in enumerate("kmgt", 1)}
 _UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("kmgt", 1)}
@@ -39,7 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_cache: bool = True
     threads: int | None = None
     cache_dir: str = ""
-    backend: str = "auto"
+    backend: KernelBackend = "auto"
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,8 +5,9 @@
 
 Levels: "portable" (plain C++), "avx512" (with bf16 dot products), "amx" (avx512 and bf16 tiles) and, for
 tests, "amx-emulated" (the tile code with plain loops for the tiles). MULTILORA_CPU_KERNELS=portable|avx512|
-amx|none chooses where the caller does not. A library lies in the cache folder under a key of everything
-that went into it: sources, flags, compiler. Two processes that want the same one build it once.
+amx|none chooses where the caller does not. A library lies in the cache folder under two keys of everything that
+went into it: sources and flags, and the compiler. Two processes that want the same one build it once. Where
+there is no compiler, or the cache can't be written, a library that lies there is used all the same.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -74,12 +76,14 @@ def load(level: str | None = None, cache: Path | None = None, sources: Path = SO
 
     Raises ValueError for a level that there is not.
     """
-    level = level or os.environ.get("MULTILORA_CPU_KERNELS") or best_level()
+    asked = "" if level else os.environ.get("MULTILORA_CPU_KERNELS", "")
+    level = level or asked or best_level()
     if level == "none":
         log.info("native CPU kernels: off by MULTILORA_CPU_KERNELS=none; torch's kernels are used")
         return None
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r} of the CPU kernels; there are {', '.join(LEVELS)} and none")
+        where = "MULTILORA_CPU_KERNELS: " if asked else ""
+        raise ValueError(f"{where}unknown level {level!r} of the CPU kernels; there are {', '.join(LEVELS)} and none")
     if not is_supported(level):
         log.warning("native CPU kernels: this machine does not run level %s; torch's kernels are used", level)
         return None
@@ -129,32 +133,63 @@ def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
 
     Raises BuildError, or OSError where the cache folder can't be written.
     """
-    compiler = find_compiler()
-    path = cache / f"{level}-{_key(compiler, level, sources)}.so"
-    cache.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
-        if not _is_whole(path):
-            log.info("building the native CPU kernels at level %s: some seconds, once", level)
-            _build(compiler, level, sources, path)
+    name = f"{level}-{_key(level, sources)}"
+    try:
+        compiler = find_compiler()
+        path = cache / f"{name}-{_identity(compiler)}.so"
+    except BuildError as error:
+        path = _of_another_compiler(cache, name, error)
+    else:
+        _ensure_built(compiler, level, sources, path)
     try:
         return Library(path, level)
     except OSError as error:
         raise BuildError(f"{path} was built and does not load: {error}") from error
 
 
-def find_compiler() -> str:
-    """The C++ compiler: $CXX, c++, g++ or clang++, the first that there is. Raises BuildError."""
-    names = [name for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name]
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX, which may have arguments; else c++, g++ or clang++, the first there is.
+
+    Raises BuildError, also for a CXX that is not there: another compiler than the one asked for is no answer to it.
+    """
+    asked = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(asked)
+    except ValueError as error:
+        raise BuildError(f"CXX={asked!r} is no command: {error}") from None
+    names = words[:1] or ["c++", "g++", "clang++"]
     found = next(filter(None, map(shutil.which, names)), None)
+    if found is None and words:
+        raise BuildError(f"no C++ compiler: CXX={asked!r} names {words[0]!r}, which is not there; correct or unset it")
     if found is None:
         raise BuildError(f"no C++ compiler found (looked for {', '.join(names)}); install g++ or set CXX")
-    return found
+    return [found, *words[1:]]
 
 
-def _key(compiler: str, level: str, sources: Path) -> str:
+def _ensure_built(compiler: Sequence[str], level: str, sources: Path, path: Path) -> None:
+    if _is_whole(path):  # looked at without the lock, whose file a read-only cache does not let us open
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        if not _is_whole(path):
+            log.info("building the native CPU kernels at level %s: some seconds, once", level)
+            _build(compiler, level, sources, path)
+
+
+def _of_another_compiler(cache: Path, name: str, error: BuildError) -> Path:
+    """A whole library of the same sources and flags, whoever built it. Raises `error` where there is none."""
+    path = next(filter(_is_whole, sorted(cache.glob(f"{name}-*.so"))), None)
+    if path is None:
+        raise error
+    told = logging.WARNING if os.environ.get("CXX") else logging.INFO  # who set it wants that very compiler
+    log.log(told, "native CPU kernels: %s; the library in the cache is used", error)
+    return path
+
+
+def _key(level: str, sources: Path) -> str:
+    """Of the sources and the flags."""
     digest = hashlib.sha256()
-    version = _run([compiler, "--version"]).partition("\n")[0]
-    for part in (version, platform.machine(), *_COMMON, *LEVELS[level], *map(str, _openmp())):
+    for part in (platform.machine(), *_COMMON, *LEVELS[level], *map(str, _openmp())):
         digest.update(part.encode() + b"\0")
     for path in sorted(sources.iterdir()):
         if path.suffix in (".cpp", ".h"):
@@ -163,28 +198,39 @@ def _key(compiler: str, level: str, sources: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _openmp() -> list[Path | str]:
+def _identity(compiler: Sequence[str]) -> str:
+    """Of the compiler: its version, and the arguments that CXX gives it."""
+    version = _run([*compiler, "--version"]).partition("\n")[0]
+    return hashlib.sha256("\0".join((version, *compiler[1:])).encode()).hexdigest()[:16]
+
+
+def _openmp(maps: Path = Path("/proc/self/maps")) -> list[Path | str]:
     """The OpenMP runtime to link: the very one that torch has mapped, so that there is one pool of threads."""
-    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
-    return [Path(name) for name in sorted(mapped)[:1]] or ["-lgomp"]
+    rows = (line.split(maxsplit=5) for line in maps.read_text().splitlines())  # the sixth, a path, may have spaces
+    mapped = {Path(row[5]) for row in rows if len(row) == 6}
+    return [*sorted(path for path in mapped if path.name.startswith("libgomp"))[:1]] or ["-lgomp"]
 
 
-def _build(compiler: str, level: str, sources: Path, path: Path) -> None:
+def _build(compiler: Sequence[str], level: str, sources: Path, path: Path) -> None:
     """Compile and link into `path`: objects side by side in a folder of their own, the result renamed into place."""
     units = sorted(sources.glob("*.cpp"))
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder, ThreadPoolExecutor(2) as pool:
         objects = [Path(folder, unit.name).with_suffix(".o") for unit in units]
         flags = [*_COMMON, *LEVELS[level]]
-        commands = [
-            [compiler, *flags, "-c", str(unit), "-o", str(made)] for unit, made in zip(units, objects, strict=True)
-        ]
-        list(pool.map(_run, commands))
+        commands = [[*compiler, *flags, "-c", str(unit)] for unit in units]
+        list(pool.map(_make, commands, objects))
         made = Path(folder, path.name)
-        _run([compiler, "-shared", "-Wl,-z,defs", "-o", str(made), *map(str, objects), *map(str, _openmp())])
+        _make([*compiler, "-shared", "-Wl,-z,defs", *map(str, objects), *map(str, _openmp())], made)
         checksum = _checksum(made)
         made.replace(path)
         Path(folder, "checksum").write_text(checksum)
         Path(folder, "checksum").replace(path.with_suffix(".sha256"))
+
+
+def _make(command: Sequence[str], made: Path) -> None:
+    _run([*command, "-o", str(made)])
+    if not made.is_file():
+        raise BuildError(f"{' '.join(command)} ended with exit status 0 and made no {made.name}")
 
 
 def _run(command: Sequence[str]) -> str:

@@ -49,10 +49,10 @@ def build(config: EngineConfig) -> EngineCore:
     """Load the base, size the memory, wire the parts. Raises ConfigError and ModelUnsupported."""
     torch.set_num_threads(config.threads or available_cpus())
     _check_device(config.device)
+    backend = _backend(config)
     manifest, manifest_path = _manifest(config)
     base = load_base(config.model, config.dtype, config.device, config.max_model_len)
     memory = _size_memory(config, base)
-    backend = _backend(config)
     max_slots = config.max_loaded_adapters + 1  # slot 0 is the base's
     host = HostCache(config.host_memory) if config.host_memory else None
     arena = AdapterArena(
@@ -117,10 +117,10 @@ def _manifest(config: EngineConfig) -> tuple[BaseManifest, Path]:
 
 def _backend(config: EngineConfig) -> Backend:
     """The one asked for; unasked, the native kernels where this machine has them."""
-    name = config.backend
-    if name == "auto":
-        name = "cpu" if config.device == "cpu" and "cpu" in backends() else DEFAULT_BACKEND
+    name: str = config.backend
     try:
+        if name == "auto":
+            name = "cpu" if config.device == "cpu" and "cpu" in backends() else DEFAULT_BACKEND
         return get_backend(name)
     except ValueError as error:
         raise ConfigError(f"--backend {name}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def sources(tmp_path):
 def compiler_calls(tmp_path, monkeypatch):
     """CXX is a script that notes its arguments, then compiles; the returned function gives the units compiled."""
     notes, script = tmp_path / "calls", tmp_path / "noting-c++"
-    script.write_text(f'#!/bin/sh\necho "$@" >> {notes}\nexec {build.find_compiler()} "$@"\n')
+    script.write_text(f'#!/bin/sh\necho "$@" >> {notes}\nexec {shlex.join(build.find_compiler())} "$@"\n')
     script.chmod(0o755)
     notes.touch()
     monkeypatch.setenv("CXX", str(script))
@@ -48,6 +49,94 @@ def test_a_second_load_compiles_nothing(sources, tmp_path, compiler_calls):
     assert len(compiler_calls()) == 1
     second = build.open_library("portable", tmp_path / "cache", sources)
     assert second.path == first.path and len(compiler_calls()) == 1
+
+
+def test_a_whole_library_is_used_where_the_cache_cannot_be_written(sources, tmp_path):
+    built = build.open_library("portable", tmp_path / "cache", sources)
+    lock = built.path.with_suffix(".lock")
+    lock.unlink()
+    lock.mkdir()  # now it opens for nobody, not even for a user to whom a folder's mode says nothing
+    assert build.open_library("portable", tmp_path / "cache", sources).path == built.path
+    built.path.with_suffix(".sha256").unlink()
+    with pytest.raises(OSError, match="lock"):
+        build.open_library("portable", tmp_path / "cache", sources)
+
+
+def test_without_a_compiler_the_library_of_another_one_is_used(sources, tmp_path, monkeypatch, caplog):
+    built = build.open_library("portable", tmp_path / "cache", sources)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.INFO, "kernels.cpu.build"):
+        assert build.load("portable", tmp_path / "cache", sources).path == built.path
+    assert "no C++ compiler" in caplog.text and {record.levelno for record in caplog.records} == {logging.INFO}
+    with (sources / "team.h").open("a") as file:
+        file.write("// changed\n")
+    assert build.load("portable", tmp_path / "cache", sources) is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no checksum"])
+def test_without_a_compiler_a_damaged_library_is_none(sources, tmp_path, monkeypatch, damage):
+    path = build.open_library("portable", tmp_path / "cache", sources).path
+    if damage == "truncated":
+        replace(path, path.read_bytes()[:1000])
+    else:
+        path.with_suffix(".sha256").unlink()
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
+        build.open_library("portable", tmp_path / "cache", sources)
+
+
+def test_another_compiler_and_other_arguments_build_anew(sources, tmp_path, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    (compiler,) = build.find_compiler()
+    script = tmp_path / "other c++"
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo other && exit\nexec {compiler} "$@"\n')
+    script.chmod(0o755)
+    paths = set()
+    for asked in (compiler, f"{compiler} -O1", shlex.quote(str(script))):
+        monkeypatch.setenv("CXX", asked)
+        paths.add(build.open_library("portable", tmp_path / "cache", sources).path)
+    assert len(paths) == 3 and len({path.name.rpartition("-")[0] for path in paths}) == 1
+
+
+def test_the_compiler_may_have_arguments(sources, tmp_path, compiler_calls, monkeypatch):
+    monkeypatch.setenv("CXX", f"env LANG=C '{os.environ['CXX']}'")
+    assert build.open_library("portable", tmp_path / "cache", sources).function("ml_team_size")() >= 1
+    assert len(compiler_calls()) == 1
+
+
+@pytest.mark.parametrize(("asked", "told"), [("no-such-c++ -O1", "names 'no-such-c++'"), ("'g++", "is no command")])
+def test_a_compiler_that_is_not_there_is_named_and_replaced_by_no_other(
+    sources, tmp_path, monkeypatch, caplog, asked, told
+):
+    monkeypatch.setenv("CXX", asked)
+    assert build.load("portable", tmp_path / "cache", sources) is None
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and f"CXX={asked!r}" in record.getMessage() and told in record.getMessage()
+    monkeypatch.delenv("CXX")
+    built = build.open_library("portable", tmp_path / "cache", sources)
+    monkeypatch.setenv("CXX", asked)
+    caplog.clear()
+    assert build.load("portable", tmp_path / "cache", sources).path == built.path
+    assert told in caplog.text and "WARNING" in caplog.text
+
+
+def test_a_compiler_that_makes_nothing_is_told_of(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "true")
+    with pytest.raises(BuildError, match=r"true .*team\.cpp.* ended with exit status 0 and made no team\.o"):
+        build.open_library("portable", tmp_path / "cache", sources)
+
+
+def test_the_openmp_runtime_is_found_in_a_path_with_spaces(tmp_path):
+    row = "7f00-7f01 r-xp 00000000 fe:00 131                        "
+    maps = tmp_path / "maps"
+    maps.write_text(
+        f"{row}/my venv/torch.libs/libgomp-98b.so.1\n{row}/libgomp/libother.so\n7f02-7f03 rw-p 0 00:00 0 \n"
+    )
+    assert build._openmp(maps) == [Path("/my venv/torch.libs/libgomp-98b.so.1")]
+    maps.write_text("7f02-7f03 rw-p 00000000 00:00 0 \n")
+    assert build._openmp(maps) == ["-lgomp"]
 
 
 @pytest.mark.parametrize("name", ["team.h", "team.cpp"])
@@ -145,7 +234,7 @@ def test_what_was_asked_for_is_what_is_loaded(sources, tmp_path, monkeypatch, ca
         assert "torch's kernels are used" in caplog.records[-1].getMessage()
         assert len(caplog.records) == 3
     monkeypatch.setenv("MULTILORA_CPU_KERNELS", "avx9")
-    with pytest.raises(ValueError, match=r"avx9.*portable, avx512, amx, amx-emulated and none"):
+    with pytest.raises(ValueError, match=r"MULTILORA_CPU_KERNELS: .*avx9.*portable, avx512, amx, .*none"):
         build.load(None, tmp_path / "cache", sources)
     monkeypatch.delenv("MULTILORA_CPU_KERNELS")
     assert build.load(None, tmp_path / "cache", sources).level == build.best_level()
@@ -198,4 +287,4 @@ def test_the_pool_of_threads_is_torchs(sources, tmp_path):
 
 def test_this_machine_has_a_compiler():
     """What the other tests of native kernels need: without it they would be missing, not failing."""
-    assert os.access(build.find_compiler(), os.X_OK)
+    assert os.access(build.find_compiler()[0], os.X_OK)

@@ -6,11 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from loadtest.catalog import _parser, main, medians, read_counters, scenarios_of, summary, tier_figures
+from loadtest.catalog import (
+    _parser,
+    claim,
+    main,
+    medians,
+    read_counters,
+    run_scenario,
+    scenarios_of,
+    summary,
+    tier_figures,
+)
 from loadtest.popularity import parse_popularity
 from tests.e2e.tiny_server import World, tiny_server
 
@@ -103,11 +115,49 @@ def test_a_size_that_makes_no_sense_ends_with_status_2(capsys):
     assert ended.value.code == 2 and "smaller first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("warmup", "asked"), [(0, [9]), (3, [3, 9])])
+def test_a_warm_up_of_none_asks_for_nothing(monkeypatch, warmup, asked):
+    options = _parser().parse_args(["--warmup", str(warmup), "--num-requests", "9", "--highest-id", "200"])
+    seen = []
+
+    class Bench:
+        names = ["c0000"]
+
+        @contextmanager
+        def server(self, registered):
+            yield SimpleNamespace(url="")
+
+        def ask(self, server, spec, names, console):
+            seen.append(spec.num_requests)
+            return {}
+
+    bench = Bench()
+    bench.options = options
+    monkeypatch.setattr("loadtest.catalog.read_counters", lambda url: dict.fromkeys(COUNTERS, 1.0))
+    run_scenario(bench, scenarios()[0], 5.0, 0, None)
+    assert seen == asked
+
+
+def test_a_folder_of_another_base_or_other_ranks_is_refused_by_name(tmp_path, monkeypatch):
+    mine, other = (SimpleNamespace(name_or_path=f"/bases/{name}", digest=name * 64) for name in "ab")
+    folder = tmp_path / "kept"
+    claim(folder, mine)
+    claim(folder, mine)
+    with pytest.raises(ValueError, match=r"kept: its adapters are for /bases/a \(aaaa.* not for /bases/b \(bbbb"):
+        claim(folder, other)
+    monkeypatch.setattr("loadtest.catalog.RANKS", (4, 16))
+    with pytest.raises(ValueError, match=r"\[4, 5, 6, 7, 8\].*\[4, 16\]"):
+        claim(folder, mine)
+    (tmp_path / "old" / "first-32").mkdir(parents=True)
+    with pytest.raises(ValueError, match="unknown base"):
+        claim(tmp_path / "old", mine)
+
+
 def test_the_command_over_a_tiny_base(tmp_path):
     """Three servers: adapters are compiled once, in the first; every run finds them on disk or nearer."""
     World.make(tmp_path, num_adapters=0)
     sizes = ["--registered", "2", "5", "--num-requests", "6", "--warmup", "2", "--repeats", "1", "--rate", "50"]
-    lengths = ["--prompt-tokens", "8", "--output-tokens", "3", "--highest-id", "250"]
+    lengths = ["--prompt-tokens", "8", "--output-tokens", "3"]
     room = "--kv-memory 16MiB --adapter-memory 16MiB"
     files = ["--folder", tmp_path / "kept", "--json", tmp_path / "figures.json", "--out", tmp_path / "runs"]
     command = ["--model", tmp_path / "base", "--parts", "catalog", *sizes, *lengths, "--flags", room, *files]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from adapters_store.raw import RawFiles
 from server import cli, config, launch
 from server.banner import warnings_of
-from server.config import EngineConfig, ServerConfig, available_cpus
+from server.config import EngineConfig, KernelBackend, ServerConfig, available_cpus
 from server.errors import ConfigError
 
 
@@ -51,6 +56,11 @@ def test_remote_sources(monkeypatch):
     assert policy == (1.5, 0) and (found.names.on_source_down, found.names.on_source_delete) == ("fail", "keep")
 
 
+def test_a_backend_that_is_none_is_refused_with_the_list():
+    result = CliRunner().invoke(cli.app, ["serve", "--model", "base", "--backend", "bogus"])
+    assert result.exit_code == 2 and all(name in result.output for name in get_args(KernelBackend))
+
+
 def test_a_policy_that_is_none_is_refused():
     result = CliRunner().invoke(cli.app, ["serve", "--model", "base", "--on-source-down", "guess"])
     assert result.exit_code == 2 and "serve" in result.output
@@ -67,6 +77,45 @@ def test_sources_are_opened_in_their_order_folders_apart(tmp_path):
         with pytest.raises(ConfigError, match=word) as refused:
             launch._open_sources(config)
         assert "secret" not in str(refused.value)
+
+
+async def test_a_cache_folder_in_use_is_an_error_of_the_flag_and_ends_the_engine(tmp_path, monkeypatch):
+    class Engine:
+        ready = SimpleNamespace(manifest_path="manifest")
+        is_closed = False
+
+        async def start(self, config: EngineConfig) -> None: ...
+
+        async def close(self) -> None:
+            self.is_closed = True
+
+    engine = Engine()
+    monkeypatch.setattr(launch, "AsyncEngine", lambda: engine)
+    monkeypatch.setattr(launch, "BaseTokenizer", lambda *_: None)
+    monkeypatch.setattr(launch, "read_manifest", lambda _: None)
+    (tmp_path / "config.json").write_text("{}")
+    other = RawFiles(tmp_path / "cache", 1)
+    of_engine = EngineConfig(model=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    sources = ("https://store.example/a",)
+    found = ServerConfig(engine=of_engine, served_names=("b",), port=0, adapter_sources=sources)
+    with pytest.raises(ConfigError, match=r"--cache-dir .* in use by another server"):
+        await launch._serve(found, Console(quiet=True), {})
+    assert engine.is_closed
+    other.close()
+
+
+def test_libraries_that_log_whole_urls_are_kept_quiet():
+    loggers = [logging.getLogger(name) for name in ("httpx", "httpcore")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
+        launch._set_up_logging()
+        assert not any(logger.isEnabledFor(logging.INFO) for logger in loggers)
+        assert all(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @pytest.mark.parametrize(
