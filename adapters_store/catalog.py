@@ -144,8 +144,10 @@ class Catalog:
     async def _walk(self) -> tuple[Listings, tuple[str, ...]]:
         walk = _Walk({}, [])
         await asyncio.to_thread(self._walk_folders, walk)
-        for remote in self.remote.names if self.remote is not None else ():
-            self._add(walk, remote.remote, await remote.names(), remote.version_of)
+        remotes = self.remote.names if self.remote is not None else ()
+        listed = await asyncio.gather(*(remote.names() for remote in remotes))  # one that is down takes its patience
+        for remote, names in zip(remotes, listed, strict=True):
+            self._add(walk, remote.remote, names, remote.version_of)
         found = walk.found
         return [Listing(name, found[name].path, found[name]) for name in sorted(found)], tuple(walk.warnings)
 

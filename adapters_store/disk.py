@@ -112,11 +112,10 @@ class DiskImages:
 
     def adopt(self, ref: AdapterRef) -> None:
         """Take in a freshly compiled image, remember which SourceVersion it is of, make room for it."""
-        path = self.image_path(ref.image_key)
-        resident = self._residents.setdefault(ref.image_key, _Resident(0, 0.0))
-        resident.num_bytes = path.stat().st_size
-        resident.versions.add(ref.version)
-        resident.is_checked = True
+        num_bytes = self.image_path(ref.image_key).stat().st_size
+        known = self._residents.get(ref.image_key, _Resident(0, 0.0))
+        adopted = _Resident(num_bytes, known.used_at, known.versions | {ref.version}, is_checked=True)
+        self._lru.put(ref.image_key, adopted)
         self._refs[ref.version] = ref
         self._write_entry(ref)
         self._lru.touch(ref.image_key)
@@ -133,7 +132,7 @@ class DiskImages:
 
     def discard(self, image_key: str) -> None:
         """Forget an image and delete it, leased or not: it was found damaged and will be compiled anew."""
-        resident = self._residents.pop(image_key, None)
+        resident = self._lru.pop(image_key)
         for version in resident.versions if resident else ():
             self._refs.pop(version, None)
             with contextlib.suppress(FileNotFoundError):
@@ -160,7 +159,7 @@ class DiskImages:
         for path in self.images_dir.glob(f"*{SUFFIX}"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
-                self._residents[path.name.removesuffix(SUFFIX)] = _Resident(status.st_size, status.st_mtime)
+                self._lru.put(path.name.removesuffix(SUFFIX), _Resident(status.st_size, status.st_mtime))
 
     def _load_index(self) -> None:
         for path in self._index_dir.glob("*.json"):

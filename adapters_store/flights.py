@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 
+from adapters_store.errors import AdapterUnavailable
+
 T = TypeVar("T")
+
+
+@asynccontextmanager
+async def turn(turns: asyncio.Semaphore, limit_s: float | None, refusal: str) -> AsyncIterator[None]:
+    """One of the turns in the block; AdapterUnavailable(refusal) when there is none for `limit_s` seconds."""
+    try:
+        async with asyncio.timeout(limit_s):
+            await turns.acquire()
+    except TimeoutError:
+        raise AdapterUnavailable(refusal) from None
+    try:
+        yield
+    finally:
+        turns.release()
 
 
 class _Flight(Generic[T]):

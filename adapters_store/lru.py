@@ -47,6 +47,9 @@ class LeasedLru(Generic[R]):
     ) -> None:
         """`drop` takes a key out of `residents` and its files off the disk."""
         self.residents: dict[str, R] = {}
+        """to look at; `put` and `pop` change it"""
+        self.bytes_used = 0
+        """of all residents"""
         self.evictions = 0
         self.leases: Counter[str] = Counter()
         self._quota_bytes = quota_bytes
@@ -55,15 +58,23 @@ class LeasedLru(Generic[R]):
         self._grace_s = grace_s
         self._clock = clock
 
-    @property
-    def bytes_used(self) -> int:
-        """Bytes of all residents."""
-        return sum(resident.num_bytes for resident in self.residents.values())
+    def put(self, key: str, resident: R) -> None:
+        """Take in a resident, in place of the one with its key."""
+        self.pop(key)
+        self.residents[key] = resident
+        self.bytes_used += resident.num_bytes
+
+    def pop(self, key: str) -> R | None:
+        """Take out a resident, if it is there; leases on its key stay."""
+        resident = self.residents.pop(key, None)
+        if resident is not None:
+            self.bytes_used -= resident.num_bytes
+        return resident
 
     def touch(self, key: str) -> None:
         """Note a use."""
         now, resident = self._clock(), self.residents[key]
-        if now - resident.used_at >= TOUCH_S:
+        if abs(now - resident.used_at) >= TOUCH_S:
             with contextlib.suppress(OSError):
                 os.utime(self._path_of(key), (now, now))
         resident.used_at = now
@@ -86,15 +97,15 @@ class LeasedLru(Generic[R]):
 
     def evict(self) -> None:
         """Bring the folder back under its quota, as far as leases and uses of late allow."""
-        if self._quota_bytes is None:
+        if self._quota_bytes is None or self.bytes_used <= self._quota_bytes:
             return
-        used, now = self.bytes_used, self._clock()
+        now = self._clock()
         for key, resident in sorted(self.residents.items(), key=lambda item: item[1].used_at):
-            if used <= self._quota_bytes:
+            if self.bytes_used <= self._quota_bytes:
                 return
-            if self.leases[key] or now - resident.used_at < self._grace_s:
+            # a use in the future is another machine's clock, or this one's was put back
+            if self.leases[key] or abs(now - resident.used_at) < self._grace_s:
                 continue
-            used -= resident.num_bytes
             self._drop(key)
             self.evictions += 1
 

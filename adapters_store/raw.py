@@ -8,6 +8,7 @@ An entry is written beside, under a name of its own, and renamed when it is whol
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import logging
@@ -16,11 +17,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import msgspec
 
-from adapters_store.errors import AdapterUnavailable, RawDamaged
+from adapters_store.disk_threads import submit_raw
+from adapters_store.errors import AdapterTooLarge, AdapterUnavailable, RawDamaged
 from adapters_store.lru import STALE_TEMPORARY_S, LeasedLru, Resident, lock_folder
 from adapters_store.ref import FileVersion, SourceVersion
 from adapters_store.sources.folder import READ_FILES, TEMPLATE_FILES
@@ -92,8 +95,11 @@ class RawFiles:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._dir = cache_dir.absolute() / "raw"
-        self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self._dir.parent, self._dir):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._clock = clock
+        self._quota_bytes = quota_bytes
+        self._removals: set[Future[None]] = set()
         self._lock: int | None = lock_folder(self._dir, exclusive=quota_bytes is not None)
         self._lru: LeasedLru[Resident] = LeasedLru(
             quota_bytes, path_of=self.folder_of, drop=self.discard, grace_s=grace_s, clock=clock
@@ -141,6 +147,15 @@ class RawFiles:
         """What `find` would look for, without looking and without counting as a use."""
         return version_key in self._lru.residents
 
+    def check_quota(self, version: SourceVersion) -> None:
+        """AdapterTooLarge for a version that is over the quota all alone. A quota of 0 is none: nothing is kept."""
+        num_bytes = _bytes_of(version)
+        if self._quota_bytes and num_bytes > self._quota_bytes:
+            raise AdapterTooLarge(
+                f"adapter {version.name} has {num_bytes} bytes; the quota of this server for fetched files is "
+                f"{self._quota_bytes}"
+            )
+
     def new_folder(self) -> Path:
         """An empty folder to fetch into, for `adopt` or `abandon`. OSError when the disk refuses."""
         folder = self._dir / f".{uuid.uuid4().hex}.tmp"
@@ -154,16 +169,18 @@ class RawFiles:
         try:
             folder.rename(self.folder_of(key))
         except OSError:
-            if not _has_sizes(self.folder_of(key), version):
-                raise
-            self.abandon(folder)  # another process brought the same version meanwhile
-        self._lru.residents[key] = Resident(_bytes_of(version), 0.0)
+            if _has_sizes(self.folder_of(key), version):  # another process brought the same version meanwhile
+                self.abandon(folder)
+            else:  # or it left a damaged one
+                self.discard(key)
+                folder.rename(self.folder_of(key))
+        self._lru.put(key, Resident(_bytes_of(version), 0.0))
         self._lru.touch(key)
         self._lru.evict()
 
     def abandon(self, folder: Path) -> None:
         """Remove a folder of `new_folder` that came to nothing."""
-        shutil.rmtree(folder, ignore_errors=True)
+        self._remove(folder)
 
     def lease(self, version_key: str) -> bool:
         """Keep an entry until `release`; whether it is there."""
@@ -175,15 +192,27 @@ class RawFiles:
 
     def discard(self, version_key: str) -> None:
         """Forget an entry and delete it, leased or not."""
-        self._lru.residents.pop(version_key, None)
+        self._lru.pop(version_key)
         # out of the way by one rename: whoever looks meanwhile finds all of it or nothing
         gone = self._dir / f".{uuid.uuid4().hex}.tmp"
         with contextlib.suppress(FileNotFoundError):
             self.folder_of(version_key).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            self._remove(gone)
+
+    def _remove(self, folder: Path) -> None:
+        """Delete a folder that is out of the way. It may have gigabytes: an event loop does not wait for that."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            _delete(folder)
+            return
+        removal = submit_raw(_delete, folder)
+        self._removals.add(removal)
+        removal.add_done_callback(self._removals.discard)
 
     def close(self) -> None:
-        """Let another process have the folder. Closing twice is fine."""
+        """Wait for what is being deleted and let another process have the folder. Closing twice is fine."""
+        wait(tuple(self._removals))
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -202,15 +231,20 @@ class RawFiles:
             if folder.name.startswith(".") or not folder.is_dir():
                 continue
             try:
+                used_at = folder.stat().st_mtime
                 record = msgspec.json.decode((folder / RECORD_FILE).read_bytes(), type=RawRecord)
                 is_whole = record.version.key == folder.name and _has_sizes(folder, record.version)
             except (OSError, msgspec.MsgspecError):
                 is_whole = False
             if is_whole:
-                self._lru.residents[folder.name] = Resident(_bytes_of(record.version), folder.stat().st_mtime)
+                self._lru.put(folder.name, Resident(_bytes_of(record.version), used_at))
             else:
                 log.warning("raw entry %s is damaged: dropped", folder.name)
                 self.discard(folder.name)
+
+
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetched_files(version: SourceVersion) -> list[FileVersion]:

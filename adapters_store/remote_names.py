@@ -10,7 +10,9 @@ import hashlib
 import logging
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,7 @@ from typing import Literal
 import msgspec
 
 from adapters_store.errors import AdapterDenied, AdapterError, AdapterNotFound, AdapterUnavailable
-from adapters_store.flights import Flights
+from adapters_store.flights import Flights, turn
 from adapters_store.misses import Misses
 from adapters_store.ref import SourceVersion
 from adapters_store.sources.remote import RemoteSource
@@ -29,6 +31,7 @@ SourceDown = Literal["serve", "fail"]
 SourceDelete = Literal["keep", "drop"]
 NOT_ASKABLE = (AdapterDenied, AdapterUnavailable)
 MAX_QUESTIONS = 32  # of one source at once
+MAX_KNOWN = 100_000  # names of one source whose versions are remembered
 NAMES = "*"  # stands for the listing where a name would; no name is called that
 
 
@@ -42,6 +45,8 @@ class NamePolicy:
     """how long "no such adapter" and failures are remembered"""
     patience_s: float = 2.0
     """how long a request for a name that was resolved before waits for the source"""
+    turn_s: float = 10.0
+    """how long a question waits while as many as may be under way are, and a chat template's fetch likewise"""
     on_source_down: SourceDown = "serve"
     """the last version of a name is served while its source can't be asked, or its requests get 503"""
     on_source_delete: SourceDelete = "drop"
@@ -75,17 +80,21 @@ class RemoteNames:
         """times since start that a version was served which the source could not confirm"""
         self._policy = policy or NamePolicy()
         self._clock = clock
-        self._folder = folder.absolute() / hashlib.sha256(remote.source.encode()).hexdigest()[:16]
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._known: dict[str, _Known] = {}
+        self._folder = (
+            folder.absolute() / hashlib.sha256(f"{remote.source} {remote.endpoint}".encode()).hexdigest()[:16]
+        )
+        for parent in (folder.absolute().parent, folder.absolute(), self._folder):
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._known: OrderedDict[str, _Known] = OrderedDict()  # by use: the next to be forgotten first
         self._misses = Misses(self._policy.miss_ttl_s, clock=clock)
         self._flights: Flights[SourceVersion | None] = Flights()
         self._refreshes: dict[str, asyncio.Task[None]] = {}
         self._turns = asyncio.Semaphore(MAX_QUESTIONS)
         self._is_down = False
         self._down_at = -float("inf")
-        self._listed: list[str] = []
+        self._listed: list[str] | None = None
         self._listed_at = -float("inf")
+        self._is_listing_broken = False
         self._load()
 
     async def resolve(self, name: str) -> SourceVersion | None:
@@ -95,6 +104,8 @@ class RemoteNames:
         nothing to serve.
         """
         known, policy = self._known.get(name), self._policy
+        if known is not None:
+            self._known.move_to_end(name)
         age_s = float("inf") if known is None else self._clock() - known.asked_at
         if known is not None and age_s < policy.poll_interval_s:
             if age_s >= policy.poll_interval_s / 2:
@@ -112,17 +123,18 @@ class RemoteNames:
 
     async def ask(self, name: str) -> SourceVersion | None:
         """What the source says now, whatever the policy makes of it. Raises AdapterError when it can't be asked."""
-        started = self._clock()
-        try:
-            async with self._turns:
+        async with self._turn():
+            started = self._clock()
+            try:
                 version = await self.remote.resolve(name)
-        except AdapterNotFound:
-            version = None
-        except AdapterError as error:
-            if isinstance(error, NOT_ASKABLE):
-                self._note_down(error)
-            self._misses.add(name, error)
-            raise
+            except AdapterNotFound:
+                version = None
+            except AdapterError as error:
+                # clients may name what is not for this server's key: that says nothing of other names
+                if isinstance(error, AdapterUnavailable) or (isinstance(error, AdapterDenied) and name in self._known):
+                    self._note_down(error)
+                self._misses.add(name, error)
+                raise
         self._note_up()
         self._note(name, version, started)
         return version
@@ -142,9 +154,9 @@ class RemoteNames:
         if self._clock() - self._listed_at >= self._policy.poll_interval_s:
             task = self._refresh(NAMES)
             await asyncio.wait({task}, timeout=self._policy.patience_s)
-        if self._listed and self._policy.on_source_delete == "drop":
+        if self._listed is not None and self._policy.on_source_delete == "drop":
             return self._listed.copy()
-        return sorted({*self._listed, *self._known})
+        return sorted({*(self._listed or ()), *self._known})
 
     def version_of(self, name: str) -> SourceVersion:
         """What `name` pointed to when it was asked for last; without files when it never was."""
@@ -162,6 +174,10 @@ class RemoteNames:
         await self.remote.close()
 
     # --- asking ---
+
+    def _turn(self) -> AbstractAsyncContextManager[None]:
+        refusal = f"too many questions wait for {self.remote.source}; try again"
+        return turn(self._turns, self._policy.turn_s, refusal)
 
     async def _resolve_known(self, name: str) -> SourceVersion | None:
         """For a name whose last version may be served: waits for the source, but not for long."""
@@ -196,13 +212,17 @@ class RemoteNames:
 
     async def _list(self) -> None:
         try:
-            async with self._turns:
+            async with self._turn():
                 self._listed = await self.remote.names()
         except NOT_ASKABLE as error:
-            self._note_down(error)
+            # no sign of an outage: a listing needs more rights than an adapter, and one odd key may break it
+            if not self._is_listing_broken:
+                log.warning("%s can't be listed: %s", self.remote.source, error.message)
+            self._is_listing_broken = True
             raise
         finally:
             self._listed_at = self._clock()
+        self._is_listing_broken = False
         self._note_up()
 
     def _note(self, name: str, version: SourceVersion | None, asked_at: float) -> None:
@@ -221,10 +241,17 @@ class RemoteNames:
         if known is None or known.version != version:
             self._keep(version)
         self._known[name] = _Known(version, asked_at)
+        self._forget_the_oldest()
+
+    def _forget_the_oldest(self) -> None:
+        while len(self._known) > MAX_KNOWN:
+            oldest, _ = self._known.popitem(last=False)
+            self._path(oldest).unlink(missing_ok=True)
 
     def _note_down(self, error: AdapterError) -> None:
-        if not self._is_down:
-            log.warning("%s can't be asked; what is known of it is used: %s", self.remote.source, error.message)
+        if self._is_down:
+            return  # `_down_at` stays: failures, however many, put off no question that is due
+        log.warning("%s can't be asked; what is known of it is used: %s", self.remote.source, error.message)
         self._is_down, self._down_at = True, self._clock()
 
     def _note_up(self) -> None:
@@ -260,3 +287,4 @@ class RemoteNames:
                 continue
             if version.source == self.remote.source and self._path(version.name) == path:
                 self._known[version.name] = _Known(version, -float("inf"))
+        self._forget_the_oldest()

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import msgspec
 
 from adapters_store.chat_template import AdapterTemplate, check_template_sizes, read_chat_template
+from adapters_store.disk_threads import in_raw_thread
 from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged
-from adapters_store.flights import Flights
+from adapters_store.flights import Flights, turn
 from adapters_store.limits import Limits
 from adapters_store.raw import RawFiles, RawFolder, fetched_files, hash_files
 from adapters_store.ref import SourceVersion
@@ -22,6 +23,7 @@ from adapters_store.sources.folder import TEMPLATE_FILES, FileChanged
 from adapters_store.sources.remote import RemoteSource
 
 MAX_FETCHES = 8
+RESERVED_FETCHES = 2  # of these, for other sources than any one
 LEASE_ATTEMPTS = 3
 
 
@@ -63,6 +65,9 @@ class RemoteTier:
         self._limits = limits or Limits()
         self._fetches: Flights[float] = Flights()
         self._turns = asyncio.Semaphore(max_fetches)
+        # of several sources none takes all turns: a slow one leaves two to the others
+        share = max(1, max_fetches - RESERVED_FETCHES) if len(self.names) > 1 else max_fetches
+        self._turns_of = {source: asyncio.Semaphore(share) for source in self._by_source}
 
     @property
     def stale_uses(self) -> int:
@@ -110,7 +115,8 @@ class RemoteTier:
         """The files of `version` on disk, fetched if need be, leased in the block.
 
         Raises AdapterError, and FileChanged when the source has another version by now; that is looked at
-        after the fetch too if `confirms`, for files that were noted while they were being replaced.
+        after the fetch too if `confirms`, for files that were noted while they were being replaced. Without it,
+        for what a request needs before it has a place in the queue, the wait for a turn is bounded.
         """
         key = version.key
         for _ in range(LEASE_ATTEMPTS):
@@ -148,12 +154,12 @@ class RemoteTier:
         await self._fetches.close()
         for names in self.names:
             await names.close()
-        self.raw.close()
+        await asyncio.to_thread(self.raw.close)
 
     async def _read_template(self, version: SourceVersion, held: SourceVersion) -> AdapterTemplate | None:
         try:
             async with self.files(held, confirms=False) as fetched:
-                return await asyncio.to_thread(read_chat_template, version, RawFolder(fetched.folder))
+                return await in_raw_thread(read_chat_template, version, RawFolder(fetched.folder))
         except FileChanged as error:
             self.doubt(version)
             raise AdapterUnavailable(
@@ -162,14 +168,17 @@ class RemoteTier:
 
     async def _fetch(self, version: SourceVersion, confirms: bool) -> float:
         """Bring files to the raw tier; how many seconds that took. A full disk is AdapterUnavailable."""
+        self.raw.check_quota(version)
         names = self._by_source[version.source]
-        async with self._turns:
+        limit_s = None if confirms else self.policy.turn_s
+        refusal = f"too many fetches from {version.source} are under way; try again"
+        async with turn(self._turns_of[version.source], limit_s, refusal), turn(self._turns, limit_s, refusal):
             started = time.perf_counter()
             folder: Path | None = None
             try:
                 folder = self.raw.new_folder()
                 await names.remote.fetch(version, folder, self._limits)
-                hashing = asyncio.to_thread(hash_files, version, folder)
+                hashing = in_raw_thread(hash_files, version, folder)
                 sha256, _ = await asyncio.gather(hashing, _confirm(names, version) if confirms else asyncio.sleep(0))
                 self.raw.adopt(version, folder, sha256)
                 folder = None

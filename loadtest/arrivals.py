@@ -1,7 +1,8 @@
 """When requests are sent: an open loop by the clock, or a closed loop by answers.
 
 poisson:RATE          open loop, exponential gaps, RATE requests a second
-gamma:RATE:CV         open loop, gaps ~ Gamma(shape 1/cv^2, scale cv^2/rate); cv 1 is Poisson, more is burstier
+gamma:RATE:CV         open loop, gaps ~ Gamma(shape 1/cv^2, scale cv^2/rate); cv 1 is Poisson, more is burstier;
+                      from 0.01 to 100, beyond which the gaps are equal or all but a few are none
 constant:RATE         open loop, equal gaps
 all                   everything at once
 closed:CONCURRENCY    closed loop: so many at a time, the next one when one has ended
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+_MIN_CV, _MAX_CV = 0.01, 100.0
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,14 @@ class Arrivals:
 
     @property
     def burstiness(self) -> float:
-        """The gaps' Gamma shape, as `vllm bench serve` calls it; inf for equal gaps."""
+        """The gaps' Gamma shape, as `vllm bench serve` calls it; inf for equal gaps, and its 1 where there are none."""
+        if math.isinf(self.rate):
+            return 1.0
         return 1 / self.cv**2 if self.cv else math.inf
+
+    def bounded(self, max_concurrency: int | None) -> int | None:
+        """Most requests at once: of the closed loop's bound and a further one the lower; None without either."""
+        return min((bound for bound in (self.concurrency, max_concurrency) if bound is not None), default=None)
 
     def times(self, num_requests: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
         """Seconds from the start for each request, rising; zeros for a closed loop. [num_requests]"""
@@ -57,6 +66,8 @@ def parse_arrivals(text: str) -> Arrivals:
         case "poisson", [rate]:
             return Arrivals(rate, cv=1.0)
         case "gamma", [rate, cv]:
+            if not _MIN_CV <= cv <= _MAX_CV:
+                raise ValueError(f"arrivals {text!r}: CV from {_MIN_CV:g} to {_MAX_CV:g}")
             return Arrivals(rate, cv=cv)
         case "constant", [rate]:
             return Arrivals(rate)

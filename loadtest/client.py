@@ -65,13 +65,14 @@ async def run(
     progress: Progress,
     max_concurrency: int | None = None,
 ) -> Run:
-    """Send all and wait for all. `max_concurrency` bounds an open loop too; waiting for it counts as latency."""
-    raise_file_limit(max_concurrency or arrivals.concurrency or len(requests))
+    """Send all and wait for all. `max_concurrency` bounds an open loop too, where waiting for it counts as latency."""
+    num_at_once = min(arrivals.bounded(max_concurrency) or len(requests), len(requests))
+    raise_file_limit(num_at_once)
     gc.collect()
     gc.freeze()
     reader = _Reader()
     started = time.perf_counter() + _LEAD_S
-    limit = asyncio.Semaphore(max_concurrency or arrivals.concurrency or len(requests))
+    limit = asyncio.Semaphore(num_at_once)
 
     async def one(request: Request, due: float) -> None:
         progress.num_sent += 1

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.outputs import check_writable
 from loadtest.plot import draw_svg
 from loadtest.table import number
 
@@ -25,8 +27,26 @@ Result = dict[str, Any]
 _HIGHER_IS_BETTER = ("request_throughput", "request_goodput", "slo_attainment", "output_throughput")
 _LATENCIES = tuple(f"{s}_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el") for s in ("median", "p90", "p99"))
 METRICS = ("completed", "failed", "duration", *_HIGHER_IS_BETTER, *_LATENCIES)
-# What a file without our `workload` says of its own.
+# What a file without our `workload` says of its own. `burstiness` is of gaps: it says nothing where there are none.
 _VLLM_WORKLOAD = ("num_prompts", "request_rate", "burstiness", "max_concurrency", "total_input_tokens")
+
+
+class _Workload(msgspec.Struct):
+    seed: int
+
+
+# What is read of a file, with its types: of ours, and of vLLM's, which has less.
+_Fields = msgspec.defstruct(
+    "_Fields",
+    [
+        *((metric, float | None, None) for metric in METRICS),
+        ("label", str | None, None),
+        ("workload", _Workload | msgspec.UnsetType, msgspec.UNSET),
+        *((key, list[float], []) for key in ("start_times", "ttfts", "latencies")),
+        ("itls", list[list[float]], []),
+        ("errors", list[str | None], []),
+    ],
+)
 
 
 class Incomparable(ValueError):
@@ -53,6 +73,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--plot", type=Path, help="write a picture of the labels' first files here (SVG)")
     options = parser.parse_args(arguments)
     try:
+        if options.plot:
+            check_writable(options.plot)
         sides = group([(str(path), read_result(path)) for path in options.files])
         if options.plot:
             options.plot.write_text(draw_svg([(side.label, side.results[0]) for side in sides]))
@@ -69,6 +91,10 @@ def read_result(path: Path) -> Result:
         raise Incomparable(f"{path}: {error}") from None
     if not isinstance(result, dict) or "output_throughput" not in result:
         raise Incomparable(f"{path} is no result of a load test: it has no output_throughput")
+    try:
+        msgspec.convert(result, _Fields)
+    except msgspec.ValidationError as error:
+        raise Incomparable(f"{path} is a damaged result: {error}") from None
     return result
 
 
@@ -112,12 +138,14 @@ def _differences(one: Result, other: Result) -> list[str]:
         fields = [field for field in left | right if field != "seed"]
     else:
         left, right, fields = one, other, list(_VLLM_WORKLOAD)
+        if one.get("request_rate") == "inf":
+            fields.remove("burstiness")
     return [f"{key}: {left.get(key)!r} and {right.get(key)!r}" for key in fields if left.get(key) != right.get(key)]
 
 
 def _described(result: Result) -> Result:
     """The workload, and what else decides the figures."""
-    return {**result["workload"], "goals_ms": result["goals_ms"], "max_concurrency": result["max_concurrency"]}
+    return {**result["workload"], "goals_ms": result.get("goals_ms"), "max_concurrency": result.get("max_concurrency")}
 
 
 def _seeds(results: Sequence[Result]) -> list[int]:

@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loadtest.workload import Request, WorkloadSpec
 
@@ -27,8 +27,6 @@ class Dialect:
     kind: str
     base: str  # the base's name
     adapters: Sequence[str]
-    strict: bool = False
-    extra: Mapping[str, object] = field(default_factory=dict)  # goes into every body
 
     @property
     def path(self) -> str:
@@ -45,10 +43,10 @@ class Dialect:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if not self.strict:
+        if not spec.strict:
             fields |= {"ignore_eos": True} if spec.ignore_eos else {}
             fields |= {"timings_per_token": True} if self.kind == "llamacpp" else {"return_token_ids": True}
-        return json.dumps({**fields, **self.extra}, separators=(",", ":")).encode()
+        return json.dumps({**fields, **spec.extra_body}, separators=(",", ":")).encode()
 
     def _named(self, request: Request) -> dict[str, object]:
         if self.kind != "llamacpp":

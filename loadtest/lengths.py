@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+_MAX_LENGTH = 2**31 - 1
 DrawLengths = Callable[[int, np.random.Generator], npt.NDArray[np.int64]]  # (requests, rng) -> tokens
 
 
@@ -30,19 +31,20 @@ def parse_lengths(text: str) -> DrawLengths:
             return lambda num, rng: np.full(num, int(length), dtype=np.int64)
         case "uniform", [low, high] if _is_length(low) and _is_length(high) and low <= high:
             return lambda num, rng: rng.integers(int(low), int(high), size=num, endpoint=True)
-        case "lognormal", [median, sigma, *bounds] if 1 <= median < math.inf and 0 <= sigma < math.inf:
+        case "lognormal", [median, sigma, *bounds] if 1 <= median <= _MAX_LENGTH and 0 <= sigma < math.inf:
             low, high = bounds if len(bounds) == 2 else (1.0, math.inf)
             if len(bounds) in (0, 2) and _is_length(low) and low <= high:
                 return lambda num, rng: _lognormal(median, sigma, low, high, num, rng)
-    raise ValueError(f"lengths {text!r}: N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA[:LOW:HIGH], from 1 up")
+    kinds = "N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA[:LOW:HIGH]"
+    raise ValueError(f"lengths {text!r}: {kinds}, from 1 to {_MAX_LENGTH}")
 
 
 def _is_length(number: float) -> bool:
-    return 1 <= number < math.inf and number.is_integer()
+    return 1 <= number <= _MAX_LENGTH and number.is_integer()
 
 
 def _lognormal(
     median: float, sigma: float, low: float, high: float, num: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
     drawn = rng.lognormal(math.log(median), sigma, num)
-    return np.clip(np.rint(drawn), low, min(high, np.iinfo(np.int32).max)).astype(np.int64)
+    return np.clip(np.rint(drawn), low, min(high, _MAX_LENGTH)).astype(np.int64)

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import msgspec
 
@@ -14,6 +15,7 @@ from loadtest.wire import Exchange
 
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _MAX_MESSAGE = 200
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(slots=True)
@@ -71,12 +73,12 @@ class _Choice(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
 
 
 class _Timings(msgspec.Struct):
-    predicted_n: int | None = None  # llama.cpp: tokens so far
+    predicted_n: _Count | None = None  # llama.cpp: tokens so far
 
 
 class _Event(msgspec.Struct):
@@ -131,7 +133,9 @@ def _read_events(body: _Body, outcome: Outcome) -> None:
     outcome.text = "".join(texts)
     outcome.output_tokens = len(outcome.stamps) if total is None else total
     if not is_whole:
-        outcome.error = "the stream ended before its end"
+        outcome.error = _message(body.data) if _is_error(body.data) else "the stream ended before its end"
+    elif outcome.max_tokens and not outcome.output_tokens:
+        outcome.error = "the stream ended without a token"
 
 
 def _num_tokens(event: _Event, has_text: bool, so_far: int) -> int:
@@ -150,6 +154,14 @@ def _text(choice: _Choice) -> str:
     if choice.delta is not None:
         return (choice.delta.reasoning_content or "") + (choice.delta.content or "")
     return choice.text or ""
+
+
+def _is_error(data: bytes) -> bool:
+    """An error's body, without any stream, under status 200."""
+    try:
+        return _decode_event(data).error is not None
+    except msgspec.DecodeError:
+        return False
 
 
 def _message(data: bytes) -> str:

@@ -20,6 +20,7 @@ Points = npt.NDArray[np.float64]  # [points, 2]
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d1f", "#56b4e9", "#555555")  # told apart by everyone
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 440, 270, 56, 42, 34, 16  # of a panel, and its margins
 _MAX_POINTS = 400
+_DETAILS = ("start_times", "ttfts", "itls", "errors")
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class _Panel:
 def draw_svg(results: Sequence[tuple[str, Result]]) -> str:
     """One line a (label, result) in every panel. Errors: ValueError where a result has no details by request."""
     for label, result in results:
-        if "itls" not in result:
-            raise ValueError(f"{label!r} was saved without details by request: there is nothing to draw")
+        missing = [key for key in _DETAILS if key not in result]
+        if missing:
+            raise ValueError(f"{label!r} was saved without details by request ({', '.join(missing)}): nothing to draw")
     panels = [
         _Panel("time to first token", "ms", [_spread(_completed(r, "ttfts")) for _, r in results], True),
         _Panel("gap between tokens", "ms", [_spread(_gaps(r)) for _, r in results], True),
-        _Panel("end to end", "ms", [_spread(_completed(r, "latencies")) for _, r in results], True),
+        _Panel("end to end", "ms", [_spread(_latencies(r)) for _, r in results], True),
         _Panel("output tokens a second", "s", [_rate(r) for _, r in results], False),
     ]
     legend = 22 * len(results) + 12
@@ -70,6 +72,14 @@ def _completed(result: Result, key: str) -> list[float]:
     return [value for value, error in zip(result[key], result["errors"], strict=True) if not error]
 
 
+def _latencies(result: Result) -> list[float]:
+    """End to end; of a file that doesn't have them (vLLM's) to the last token, as they count."""
+    if "latencies" in result:
+        return _completed(result, "latencies")
+    ends = [ttft + sum(gaps) for ttft, gaps in zip(result["ttfts"], result["itls"], strict=True)]
+    return _completed({**result, "ends": ends}, "ends")
+
+
 def _gaps(result: Result) -> list[float]:
     return [gap for gaps in result["itls"] for gap in gaps]
 
@@ -84,9 +94,10 @@ def _spread(seconds: Sequence[float]) -> Points:
 
 
 def _rate(result: Result) -> Points:
-    """(s from the start, output tokens in the second that ends there)."""
+    """(s from the first request, output tokens in the second that ends there)."""
+    first = min(_completed(result, "start_times"), default=0.0)  # vLLM's are by a clock with any zero
     stamps = [
-        start + float(since)
+        start - first + float(since)
         for start, ttft, gaps, error in zip(
             result["start_times"], result["ttfts"], result["itls"], result["errors"], strict=True
         )

@@ -16,23 +16,23 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+_MAX_SHARE = 1e100  # so that a sum is finite
 Draw = Callable[[int, np.random.Generator], npt.NDArray[np.int64]]  # (requests, rng) -> indices of names
 
 
 def parse_popularity(text: str, names: Sequence[str]) -> Draw:
-    """What draws indices into `names`. Errors: ValueError that says what is wrong with `text`."""
+    """What draws indices into `names`; without any it only checks `text`. Errors: ValueError: what is wrong in it."""
     kind, _, value = text.partition(":")
-    if not names:
-        raise ValueError(f"popularity {text!r}: there are no names to draw from")
+    num_names = max(1, len(names))
     if kind == "distinct" and not value:
         return lambda num, rng: np.resize(rng.permutation(len(names)), num)
     if kind == "shares":
         return _weighted(_shares(text, value, names))
     if kind == "uniform" and not value:
-        return _weighted(np.ones(len(names)))
+        return _weighted(np.ones(num_names))
     if kind in ("zipf", "power"):
         exponent = _exponent(text, value)
-        return _weighted(zipf_weights(exponent, len(names)) if kind == "zipf" else power_weights(exponent, len(names)))
+        return _weighted(zipf_weights(exponent, num_names) if kind == "zipf" else power_weights(exponent, num_names))
     raise ValueError(f"popularity {text!r}: uniform, zipf:S, power:ALPHA, distinct or shares:...")
 
 
@@ -89,8 +89,8 @@ def _share(text: str, number: str) -> float:
         share = float(number)
     except ValueError:
         share = math.nan
-    if not 0 <= share < math.inf:
-        raise ValueError(f"popularity {text!r}: {number!r} must be a number of at least 0")
+    if not 0 <= share <= _MAX_SHARE:
+        raise ValueError(f"popularity {text!r}: {number!r} must be a number from 0 to {_MAX_SHARE:g}")
     return share
 
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Any
 
 import numpy as np
 
@@ -32,12 +33,14 @@ def parse_goals(texts: Sequence[str]) -> dict[str, float]:
     goals: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition(":")
+        if name in goals:
+            raise ValueError(f"goal {text!r}: {name} has a limit already")
         try:
             goals[name] = float(value)
         except ValueError:
             goals[name] = math.nan
-        if name not in GOALS or not goals[name] >= 0:
-            raise ValueError(f"goal {text!r}: one of {', '.join(GOALS)}, a colon and milliseconds")
+        if name not in GOALS or not 0 < goals[name] < math.inf:
+            raise ValueError(f"goal {text!r}: one of {', '.join(GOALS)}, a colon and milliseconds above 0")
     return goals
 
 
@@ -48,7 +51,7 @@ def make_report(
     arrivals: Arrivals,
     adapters: Sequence[str],
     goals: Mapping[str, float],
-    about: Mapping[str, object],
+    about: Mapping[str, Any],
 ) -> Figures:
     """All figures of a run. `about`: backend, model_id, label and whatever else is to be written."""
     completed = [outcome for outcome in run.outcomes if not outcome.error]
@@ -62,7 +65,7 @@ def make_report(
         "num_prompts": len(run.outcomes),
         "request_rate": arrivals.rate if arrivals.is_open and math.isfinite(arrivals.rate) else "inf",
         "burstiness": arrivals.burstiness if math.isfinite(arrivals.burstiness) else "inf",
-        "max_concurrency": about.get("max_concurrency") or arrivals.concurrency,
+        "max_concurrency": arrivals.bounded(about.get("max_concurrency")),
         "duration": run.duration_s,
         "completed": len(completed),
         "failed": len(run.outcomes) - len(completed),
@@ -72,6 +75,7 @@ def make_report(
         "request_goodput": num_good * per_second if goals else None,
         "output_throughput": outputs * per_second,
         "total_token_throughput": (inputs + outputs) * per_second,
+        "rtfx": 0.0,  # vLLM's: seconds of audio a second
         **_peaks(completed),
         **_latencies(completed),
         "workload": spec.as_json(),

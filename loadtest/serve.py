@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from loadtest.arrivals import parse_arrivals
 from loadtest.client import Progress, Send, http_sender, run
 from loadtest.dialects import DIALECTS, Dialect
+from loadtest.lengths import parse_lengths
+from loadtest.options import Parser, count, count_or_none, positive
+from loadtest.outputs import check_writable
 from loadtest.plot import draw_svg
 from loadtest.report import Figures, make_report, parse_goals
 from loadtest.table import print_report
@@ -62,6 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     console = Console()
     try:
+        _check_outputs(options)
         plans = [_plan(options, repeat) for repeat in range(options.repeats)]
         results = [measure(plan, console) for plan in plans]
     except ValueError as error:
@@ -75,6 +80,9 @@ def main(arguments: Sequence[str]) -> None:
     if options.plot:
         seeds = [f"{plan.label}, seed {plan.spec.seed}" for plan in plans]
         options.plot.write_text(draw_svg(list(zip(seeds, results, strict=True))))
+    for plan, result in zip(plans, results, strict=True):
+        if not result["completed"]:
+            parser.exit(1, f"multilora bench serve: not one request of seed {plan.spec.seed} was answered\n")
 
 
 async def _measure(plan: Plan, console: Console) -> Figures:
@@ -83,7 +91,8 @@ async def _measure(plan: Plan, console: Console) -> Figures:
     warmups = _warmups(plan)
     if warmups:
         sender = _sender(plan, target, warmups)
-        done = await run(sender, dataclasses.replace(arrivals, concurrency=8), warmups, Progress(len(warmups)))
+        closed = dataclasses.replace(arrivals, concurrency=8)
+        done = await run(sender, closed, warmups, Progress(len(warmups)), plan.max_concurrency)
         failed = [outcome.error for outcome in done.outcomes if outcome.error]
         if len(failed) == len(warmups):
             raise RuntimeError(f"no warm-up request was answered: {failed[0]}")
@@ -150,6 +159,7 @@ def _shown(progress: Progress, console: Console) -> Iterator[None]:
 
 
 def _plan(options: argparse.Namespace, repeat: int) -> Plan:
+    goals, arrivals = parse_goals(options.goodput), parse_arrivals(options.arrivals)
     base, adapters = _names(options)
     fields: dict[str, Any] = {
         field.name: getattr(options, field.name)
@@ -157,12 +167,13 @@ def _plan(options: argparse.Namespace, repeat: int) -> Plan:
         if hasattr(options, field.name)
     }
     fields |= {"seed": options.seed + repeat, "num_adapters": len(adapters)}
-    dialect = Dialect(options.backend, base, adapters, options.strict, options.extra_body)
+    if not arrivals.is_open:
+        fields["arrivals"] = f"closed:{arrivals.bounded(options.max_concurrency)}"
     return Plan(
         options.url,
-        dialect,
+        Dialect(options.backend, base, adapters),
         WorkloadSpec(**fields),
-        parse_goals(options.goodput),
+        goals,
         options.label or base,
         options.warmup,
         options.warm_adapters,
@@ -174,6 +185,7 @@ def _plan(options: argparse.Namespace, repeat: int) -> Plan:
 
 def _names(options: argparse.Namespace) -> tuple[str, list[str]]:
     """The base's and the adapters' names; what isn't given is asked of the server."""
+    resolve(options.url)
     if options.model and options.adapters != "auto":
         return options.model, expand_names(options.adapters)
     headers = {"authorization": f"Bearer {options.api_key}"} if options.api_key else {}
@@ -181,13 +193,23 @@ def _names(options: argparse.Namespace) -> tuple[str, list[str]]:
         answer = httpx.get(f"{options.url.rstrip('/')}/v1/models", headers=headers, timeout=30)
         answer.raise_for_status()
         cards = answer.json()["data"]
-    except (httpx.HTTPError, KeyError, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
         raise RuntimeError(f"{options.url}/v1/models gives no list of models: {error}") from None
     bases = [card["id"] for card in cards if not card.get("parent")]
     if not (options.model or bases):
         raise RuntimeError(f"{options.url}/v1/models lists no base: give its name with --model")
     adapters = [card["id"] for card in cards if card.get("parent")]
     return options.model or bases[0], adapters if options.adapters == "auto" else expand_names(options.adapters)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Errors: ValueError for what could not be written after the run."""
+    if options.out:
+        numbered = [_numbered(options.out, number, options.repeats) for number in range(1, options.repeats + 1)]
+        for path in {options.out, *numbered}:
+            check_writable(path)
+    if options.plot:
+        check_writable(options.plot)
 
 
 def _numbered(path: Path, number: int, repeats: int) -> Path:
@@ -197,51 +219,82 @@ def _numbered(path: Path, number: int, repeats: int) -> Path:
 def _write(result: Figures, path: Path, with_details: bool) -> None:
     large = () if with_details else ("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times")
     dropped = {*large, *(() if with_details else ("queue_times", "generated_texts", "errors"))}
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({key: value for key, value in result.items() if key not in dropped}) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="multilora bench serve", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server, without /v1")
     parser.add_argument("--backend", choices=DIALECTS, default="openai", help="how the server is asked")
     parser.add_argument("--model", help="the base's name; else what /v1/models lists")
-    parser.add_argument("--adapters", default="", help="names: a,b or bench-[000-031]; auto: all that /v1/models lists")
+    parser.add_argument(
+        "--adapters",
+        type=_valid(expand_names),
+        default="",
+        help="names: a,b or bench-[000-031]; auto: all that /v1/models lists",
+    )
     parser.add_argument("--label", help="of the result; else the base's name")
-    parser.add_argument("--num-requests", type=int, default=_DEFAULTS.num_requests)
-    parser.add_argument("--arrivals", default=_DEFAULTS.arrivals, help=_choices("arrivals"))
-    parser.add_argument("--max-concurrency", type=int, help="bound of an open loop; waiting for it is latency")
+    parser.add_argument("--num-requests", type=count, default=_DEFAULTS.num_requests)
+    parser.add_argument(
+        "--arrivals", type=_valid(parse_arrivals), default=_DEFAULTS.arrivals, help=_choices("arrivals")
+    )
+    parser.add_argument(
+        "--max-concurrency", type=count, help="a further bound; in an open loop waiting for it is latency"
+    )
     parser.add_argument("--popularity", default=_DEFAULTS.popularity, help=_choices("popularity"))
     parser.add_argument("--base-share", type=float, default=_DEFAULTS.base_share, help="of requests without adapter")
-    parser.add_argument("--prompt-tokens", default=_DEFAULTS.prompt_tokens, help=_choices("lengths"))
-    parser.add_argument("--output-tokens", default=_DEFAULTS.output_tokens, help="as --prompt-tokens")
+    lengths = _valid(parse_lengths)
+    parser.add_argument("--prompt-tokens", type=lengths, default=_DEFAULTS.prompt_tokens, help=_choices("lengths"))
+    parser.add_argument("--output-tokens", type=lengths, default=_DEFAULTS.output_tokens, help="as --prompt-tokens")
     parser.add_argument("--prompt-kind", choices=("ids", "text"), default=_DEFAULTS.prompt_kind)
-    parser.add_argument("--lowest-id", type=int, default=_DEFAULTS.lowest_id, help="of random prompts")
-    parser.add_argument("--highest-id", type=int, default=_DEFAULTS.highest_id, help="of random prompts, not included")
+    parser.add_argument("--lowest-id", type=count_or_none, default=_DEFAULTS.lowest_id, help="of random prompts")
+    parser.add_argument(
+        "--highest-id", type=count, default=_DEFAULTS.highest_id, help="of random prompts, not included"
+    )
     parser.add_argument("--temperature", type=float, default=_DEFAULTS.temperature)
     parser.add_argument("--ignore-eos", action=argparse.BooleanOptionalAction, default=_DEFAULTS.ignore_eos)
     parser.add_argument("--strict", action="store_true", help="send OpenAI's own fields only")
     parser.add_argument("--extra-body", type=_json_object, default="{}", help="JSON that goes into every request")
     parser.add_argument("--goodput", nargs="*", default=[], help="limits in ms, e.g. ttft:500 tpot:50 e2el:5000")
-    parser.add_argument("--seed", type=int, default=_DEFAULTS.seed)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--warmup", type=int, default=1, help="requests before the run, not counted")
+    parser.add_argument("--seed", type=count_or_none, default=_DEFAULTS.seed)
+    parser.add_argument("--repeats", type=count, default=1)
+    parser.add_argument("--warmup", type=count_or_none, default=1, help="requests before the run, not counted")
     parser.add_argument("--warm-adapters", action="store_true", help="ask for each adapter once before the run")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one request")
-    parser.add_argument("--api-key")
+    parser.add_argument("--timeout", type=positive, default=600.0, help="seconds for one request")
+    parser.add_argument("--api-key", type=_api_key)
     parser.add_argument("--out", type=Path, help="write the result here (JSON); with --repeats numbered")
     parser.add_argument("--details", action=argparse.BooleanOptionalAction, default=True, help="lists by request too")
     parser.add_argument("--plot", type=Path, help="write a picture here (SVG)")
     return parser
 
 
+def _valid(parse: Callable[[str], object]) -> Callable[[str], str]:
+    """The text as it is, where `parse` takes it."""
+
+    def read(text: str) -> str:
+        try:
+            parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return read
+
+
+def _api_key(text: str) -> str:
+    if not (text.isascii() and text.isprintable()):
+        raise argparse.ArgumentTypeError("printable ASCII only: it goes into a header")
+    return text
+
+
 def _json_object(text: str) -> dict[str, object]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON object")
-    return found
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    raise argparse.ArgumentTypeError(f"{text!r}: a JSON object, such as '{{\"top_p\": 0.9}}'")
 
 
 def _choices(kind: str) -> str:

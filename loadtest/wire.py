@@ -63,10 +63,14 @@ class Target:
 
 def resolve(url: str) -> Target:
     """Errors: ValueError for what is no http or https address of a host that is known."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"{url!r}: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r} is no http:// or https:// address")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    port = port or (443 if parts.scheme == "https" else 80)
     tls = ssl.create_default_context() if parts.scheme == "https" else None
     try:
         address = str(ipaddress.ip_address(parts.hostname))

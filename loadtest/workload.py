@@ -5,9 +5,10 @@ Each property has its own random stream, so another popularity leaves times, len
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from loadtest.arrivals import Arrivals, parse_arrivals
 from loadtest.lengths import parse_lengths
 from loadtest.popularity import parse_popularity
 
+_MAX_ID = 2**31  # of `highest_id`
 # Words that are mostly one token each in the usual vocabularies, for prompts sent as text.
 _WORDS = "time people way water word number part place year line day fact house point hand side work life"
 
@@ -36,6 +38,8 @@ class WorkloadSpec:
     highest_id: int = 30_000
     ignore_eos: bool = True
     temperature: float = 0.0
+    strict: bool = False  # only OpenAI's own fields are sent
+    extra_body: Mapping[str, object] = field(default_factory=dict)  # goes into every body
 
     def as_json(self) -> dict[str, object]:
         """Plain data, for result files."""
@@ -71,36 +75,49 @@ def draw(spec: WorkloadSpec, names: Sequence[str]) -> tuple[Arrivals, list[Reque
 
 
 def expand_names(text: str) -> list[str]:
-    """Names divided by commas; `bench-[000-031]` is 32 of them, with leading zeros as written."""
-    names: list[str] = []
-    for part in filter(None, text.split(",")):
-        found = re.fullmatch(r"(.*)\[(\d+)-(\d+)\](.*)", part)
-        if not found:
-            names.append(part)
-            continue
-        before, low, high, after = found.groups()
-        names += [f"{before}{number:0{len(low)}d}{after}" for number in range(int(low), int(high) + 1)]
-    return names
+    """Names divided by commas; `bench-[000-031]` is 32 of them, with leading zeros as written. Errors: ValueError."""
+    parts = text.split(",") if text else []
+    if not all(parts):
+        raise ValueError(f"names {text!r}: one is empty")
+    return [name for part in parts for name in _expand(part)]
+
+
+def _expand(part: str) -> list[str]:
+    """Every range in it, the last one's numbers changing fastest."""
+    found = re.fullmatch(r"(.*?)\[(\d+)-(\d+)\](.*)", part)
+    if not found:
+        return [part]
+    before, low, high, after = found.groups()
+    if int(low) > int(high):
+        raise ValueError(f"names {part!r}: {low} is above {high}")
+    numbers = [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
+    return [before + number + rest for number in numbers for rest in _expand(after)]
 
 
 def _check(spec: WorkloadSpec, names: Sequence[str]) -> None:
     if spec.num_requests < 1:
         raise ValueError(f"{spec.num_requests} requests: at least 1")
     if not 0 <= spec.base_share <= 1:
-        raise ValueError(f"base share {spec.base_share}: from 0 to 1")
+        raise ValueError(f"base share {spec.base_share}: a number from 0 to 1")
+    if not 0 <= spec.temperature < math.inf:
+        raise ValueError(f"temperature {spec.temperature}: a number from 0 up")
     if spec.num_adapters != len(names):
         raise ValueError(f"{len(names)} adapter names for {spec.num_adapters} adapters")
     if spec.prompt_kind not in ("ids", "text"):
         raise ValueError(f"prompt kind {spec.prompt_kind!r}: ids or text")
-    if not 0 <= spec.lowest_id < spec.highest_id:
-        raise ValueError(f"prompt ids from {spec.lowest_id} to {spec.highest_id}: none")
+    if not 0 <= spec.lowest_id < spec.highest_id <= _MAX_ID:
+        raise ValueError(
+            f"--lowest-id {spec.lowest_id} and --highest-id {spec.highest_id}: from 0, the first below the second, "
+            f"which is at most {_MAX_ID}"
+        )
 
 
 def _draw_adapters(spec: WorkloadSpec, names: Sequence[str], rng: np.random.Generator) -> list[int | None]:
+    draw_names = parse_popularity(spec.popularity, names)  # what is wrong is refused without adapters too
     if not names:
         return [None] * spec.num_requests
     to_base = rng.random(spec.num_requests) < spec.base_share
-    drawn = parse_popularity(spec.popularity, names)(spec.num_requests, rng)
+    drawn = draw_names(spec.num_requests, rng)
     return [None if base else int(index) for base, index in zip(to_base, drawn, strict=True)]
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from adapters_store.catalog import Catalog
 from adapters_store.limits import Limits
-from adapters_store.manifest import read_manifest
+from adapters_store.manifest import BaseManifest, read_manifest
 from adapters_store.remote_tier import RemoteTier
 from adapters_store.sources.local import LocalSource
 from adapters_store.sources.named import NamedSource
@@ -37,7 +37,7 @@ def run(config: ServerConfig, console: Console, adapter_examples: dict[str, str]
 
     Raises ConfigError for what can't be served, before anything listens.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    _set_up_logging()
     access_log.write_to(sys.stdout)
     _allow_many_connections()
     return uvloop.run(_serve(config, console, adapter_examples))
@@ -53,21 +53,10 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
     engine = AsyncEngine()
     with console.status(f"Loading {config.engine.model}"):
         await engine.start(config.engine)
-    cache_dir, limits = Path(config.engine.cache_dir), Limits(max_rank=config.max_lora_rank)
-    named = NamedSource(folder.root for folder in folders)
-    remote = None
-    if remotes:
-        remote = RemoteTier(remotes, cache_dir, policy=config.names, limits=limits, quota_bytes=config.raw_quota)
-    catalog = Catalog(folders, config.served_names, named=named, remote=remote)
-    assign_modules(catalog, config.lora_modules)
-    store = AdapterStore(
-        cache_dir,
-        read_manifest(Path(engine.ready.manifest_path)),
-        catalog,
-        limits=limits,
-        quota_bytes=config.disk_quota,
-    )
+    store: AdapterStore | None = None
     try:
+        store = _open_store(config, read_manifest(Path(engine.ready.manifest_path)), folders, remotes)
+        catalog = store.catalog
         await store.start()
         with console.status("Preparing adapters"):
             pins = await prepare_adapters(config, engine, store)
@@ -96,8 +85,26 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
         show_banner(console, config, engine.ready, port, names, adapter_examples, catalog.warnings)
         return await serve_until_stopped(state, listener, shutdown_timeout_s=config.shutdown_timeout_s)
     finally:
-        await store.close()
+        if store is not None:
+            await store.close()
         await engine.close()
+
+
+def _open_store(
+    config: ServerConfig, manifest: BaseManifest, folders: list[LocalSource], remotes: list[RemoteSource]
+) -> AdapterStore:
+    """The store and its catalog. ConfigError for what can't be used: a cache folder, a name given by hand."""
+    cache_dir, limits = Path(config.engine.cache_dir), Limits(max_rank=config.max_lora_rank)
+    named = NamedSource(folder.root for folder in folders)
+    try:
+        remote = None
+        if remotes:
+            remote = RemoteTier(remotes, cache_dir, policy=config.names, limits=limits, quota_bytes=config.raw_quota)
+        catalog = Catalog(folders, config.served_names, named=named, remote=remote)
+        assign_modules(catalog, config.lora_modules)
+        return AdapterStore(cache_dir, manifest, catalog, limits=limits, quota_bytes=config.disk_quota)
+    except OSError as error:
+        raise ConfigError(f"--cache-dir {cache_dir}: {error.strerror or error!r}") from error
 
 
 def _open_sources(config: ServerConfig) -> tuple[list[LocalSource], list[RemoteSource]]:
@@ -114,6 +121,12 @@ def _open_sources(config: ServerConfig) -> tuple[list[LocalSource], list[RemoteS
         except ValueError as error:
             raise ConfigError(f"--adapter-source: {error}") from error
     return folders, remotes
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # below it are whole URLs, signatures and all
 
 
 def _allow_many_connections() -> None:

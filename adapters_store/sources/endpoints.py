@@ -75,13 +75,21 @@ def s3_credentials() -> Callable[[], S3Credential] | None:
     roles = ("AWS_WEB_IDENTITY_TOKEN_FILE", *(f"AWS_CONTAINER_CREDENTIALS_{kind}_URI" for kind in ("RELATIVE", "FULL")))
     if _variable("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE") or (not profile and _variable(*roles)):
         return None
-    path = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
+    try:
+        path = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
+    except RuntimeError:
+        if not profile:
+            return None
+        raise ValueError("no home folder with .aws/credentials in it: set AWS_SHARED_CREDENTIALS_FILE") from None
     if not profile and not path.is_file():
         return None
 
     def read() -> S3Credential:
         found = configparser.ConfigParser(interpolation=None)
-        found.read(path)
+        try:
+            found.read(path, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError):  # their text quotes the line
+            raise ValueError(f"{path} is no file of profiles and keys") from None
         name = profile or "default"
         if not found.has_option(name, "aws_access_key_id") or not found.has_option(name, "aws_secret_access_key"):
             raise ValueError(f"{path} has no keys for the profile {name}")

@@ -31,6 +31,8 @@ METADATA_ADDRESSES = frozenset(
 )
 """Where clouds hand credentials to whoever asks from a machine. Refused whatever is allowed."""
 
+_UNCHECKABLE = tuple(ipaddress.ip_network(network) for network in ("fec0::/10", "64:ff9b:1::/48", "::/96"))
+"""Site-local, a network's own NAT64, IPv4-compatible: where they lead, only that network knows."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _HOST_NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*", re.IGNORECASE)
 _LOOKS_NUMERIC = re.compile(r"(0x[0-9a-f]*|[0-9]+)", re.IGNORECASE)
@@ -70,7 +72,7 @@ def origin_of(url: str | httpx.URL, *, allow_http: bool) -> Origin:
         raise Refused("not a URL") from None
     if parsed.scheme not in ("https", "http") or (parsed.scheme == "http" and not allow_http):
         raise Refused(f"the scheme {shown(parsed.scheme)}; it must be https")
-    if parsed.userinfo or "@" in text.split("//", 1)[1].split("/", 1)[0]:
+    if parsed.userinfo or "@" in text.partition("//")[2].partition("/")[0]:
         raise Refused("a URL with credentials in it")
     host = parsed.host.lower().removesuffix(".")
     check_host(host)
@@ -113,6 +115,8 @@ def address_refusal(address: IPAddress, *, allow_private: bool) -> str | None:
             return "a link-local address"
         if one.is_multicast or one.is_unspecified:
             return "a multicast or unspecified address"
+        if not one.is_loopback and any(one in network for network in _UNCHECKABLE):
+            return "a site-local, IPv4-compatible or locally translated address"
         if not allow_private and not one.is_global and not _embedded(one):
             return "an address of this machine, of a private network or reserved"
     return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from adapters_store.errors import AdapterDenied, AdapterUnavailable
@@ -46,9 +46,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class ObjectSource:
     """The adapters below a prefix of one bucket: PREFIX/NAME/adapter_config.json is one."""
 
-    def __init__(self, source: str, store: Store, prefix: str, options: RemoteOptions, outlet: socket.socket) -> None:
+    def __init__(
+        self, source: str, endpoint: str, store: Store, prefix: str, options: RemoteOptions, outlet: socket.socket
+    ) -> None:
         """`outlet`: a port of ours where nobody listens; held so that nobody else does."""
         self.source = source
+        self.endpoint = endpoint
         self.misnamed: list[str] = []
         self._store = store
         self._prefix = prefix
@@ -149,6 +152,10 @@ class ObjectSource:
         """
         try:
             yield
+        except InvalidPathError:
+            raise AdapterUnavailable(
+                f"{self.source}: a key there has an empty, '.' or '..' part, which can't be listed"
+            ) from None
         except BaseError as error:
             text = str(error).partition("\n\nDebug source")[0]
             status, code = _STATUS.search(text), _CODE.search(text)
@@ -186,7 +193,9 @@ def open_objects(scheme: str, bucket: str, prefix: str, options: RemoteOptions) 
     outlet = socket.socket()
     outlet.bind(("127.0.0.1", 0))
     try:
-        return ObjectSource(source, _store(scheme, bucket, options, outlet.getsockname()[1]), prefix, options, outlet)
+        endpoint = {"s3": s3_endpoint, "gs": google_endpoint, "az": azure_endpoint}[scheme](bucket)
+        store = _store(scheme, bucket, endpoint, options, outlet.getsockname()[1])
+        return ObjectSource(source, endpoint.url, store, prefix, options, outlet)
     except (BaseError, ValueError) as error:
         outlet.close()
         raise ValueError(f"{source}: {str(error).partition(chr(10))[0]}") from None
@@ -216,8 +225,7 @@ def _folder(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def _store(scheme: str, bucket: str, options: RemoteOptions, dead_port: int) -> Store:
-    endpoint = {"s3": s3_endpoint, "gs": google_endpoint, "az": azure_endpoint}[scheme](bucket)
+def _store(scheme: str, bucket: str, endpoint: Endpoint, options: RemoteOptions, dead_port: int) -> Store:
     client: ClientConfig = {
         **_outlet(endpoint, options, dead_port),
         "allow_http": endpoint.is_http,

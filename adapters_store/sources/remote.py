@@ -24,14 +24,16 @@ class RemoteSource(Protocol):
 
     source: str
     """the id that its SourceVersions carry, e.g. "s3://bucket/team-a": no credentials, no query"""
+    endpoint: str
+    """where that is: the same id at another endpoint is another source; no credentials"""
     misnamed: list[str]
     """adapters that the last names() met but no request can name"""
 
     async def resolve(self, name: str) -> SourceVersion | None:
         """What `name` points to now, asked of the store; None when it has no such adapter."""
 
-    async def names(self) -> list[str]:
-        """The names of all adapters below the prefix now, sorted; empty where the store can't list."""
+    async def names(self) -> list[str] | None:
+        """The names of all adapters below the prefix now, sorted; None where the store can't list."""
 
     async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> None:
         """Write the files of `version` that the server reads into `folder`, which exists and is empty.

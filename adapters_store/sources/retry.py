@@ -28,27 +28,32 @@ class Retry:
 
     attempts: int = 5
     total_s: float = 30.0
-    """no further try is begun once this much has passed since the first"""
+    """no further try is begun once this much has passed since the first, or since one that got further"""
     first_s: float = 0.1
     """the first pause, which doubles from try to try; each is drawn between half and all of it"""
     max_s: float = 5.0
 
-    async def run(self, what: str, request: Callable[[], Awaitable[T]]) -> T:
+    async def run(
+        self, what: str, request: Callable[[], Awaitable[T]], *, progress: Callable[[], int] = lambda: 0
+    ) -> T:
         """The result of `request`, which is tried anew after a Passing; then AdapterUnavailable.
 
-        `what` begins the message: what was asked of whom.
+        `what` begins the message: what was asked of whom. `progress` is how far the tries have come: one that came
+        further than all before it counts as the first.
         """
-        started = time.monotonic()
-        for attempt in range(1, self.attempts + 1):
+        started, attempt, furthest = time.monotonic(), 1, progress()
+        while True:
             try:
                 return await request()
             except Passing as failure:
+                if progress() > furthest:
+                    started, attempt, furthest = time.monotonic(), 1, progress()
                 pause = max(self._pause_s(attempt), failure.after_s)
                 if attempt == self.attempts or time.monotonic() - started + pause > self.total_s:
                     tries = "1 try" if attempt == 1 else f"{attempt} tries"
                     raise AdapterUnavailable(f"{what}: {failure}, after {tries}") from None
             await asyncio.sleep(pause)
-        raise AssertionError("attempts is at least 1")
+            attempt += 1
 
     def _pause_s(self, attempt: int) -> float:
         pause = min(self.max_s, self.first_s * 2.0 ** (attempt - 1))

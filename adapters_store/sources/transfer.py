@@ -6,20 +6,21 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adapters_store.disk_threads import in_raw_thread
 from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
 from adapters_store.limits import Limits
 from adapters_store.ref import FileVersion, SourceVersion
 from adapters_store.sources.folder import READ_FILES, TEMPLATE_FILES
 from adapters_store.sources.retry import Passing, Retry
 
-CHUNK_BYTES = 1 << 20
-"""What a reader hands to Part.write at a time, about."""
+CHUNK_BYTES = 256 << 10
+"""What a reader hands to Part.write at a time, about. Small, since the floor on speed counts what was written."""
 FILE_TRIES = 2
 """A file whose checksum differs is brought so often before it is called corrupt."""
 
@@ -40,7 +41,8 @@ class Checksum:
     def fits(self, path: Path) -> bool:
         """Whether the file has this checksum. Blocking."""
         size = path.stat().st_size
-        digest = hashlib.sha1(b"blob %d\0" % size) if self.algorithm == "git" else hashlib.new(self.algorithm)
+        name = "sha1" if self.algorithm == "git" else self.algorithm
+        digest = hashlib.new(name, b"blob %d\0" % size if self.algorithm == "git" else b"", usedforsecurity=False)
         with path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
@@ -58,6 +60,8 @@ class Part:
     is_whole_file: bool
     told: dict[str, Checksum]
     """by file name: checksums of whole files that came with an answer; the reader adds to it"""
+    note_bytes: Callable[[int], None]
+    """told of each piece that was written"""
 
     async def write(self, data: Any) -> None:
         """The next bytes (any buffer). Passing when there are more than were asked for: none of those is written."""
@@ -65,13 +69,16 @@ class Part:
         if self.position + len(view) > self.stop:
             raise Passing(f"{self.file.name}: more bytes came than were asked for")
         # in a thread, since a disk may stall; waited for even when cancelled, since the descriptor is closed after
-        writing = asyncio.ensure_future(asyncio.to_thread(_write_all, self.descriptor, view, self.position))
+        writing = in_raw_thread(_write_all, self.descriptor, view, self.position)
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
-            await asyncio.wait([writing])
+            while not writing.done():  # however often it is cancelled
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([writing])
             raise
         self.position += len(view)
+        self.note_bytes(len(view))
 
 
 class RangesIgnored(Exception):
@@ -109,16 +116,35 @@ class Transfer:
         files = [file for file in version.files if file.name in (*READ_FILES, *TEMPLATE_FILES)]
         limits.check_files(files)
         total = sum(file.size for file in files)
-        allowed_s = self.grace_s + total / self.min_bytes_per_s
-        job = _Job(self, version, folder, read, checksums, asyncio.Semaphore(self.parts_in_flight))
+        floor = _Floor(self.min_bytes_per_s, self.grace_s)
+        job = _Job(self, version, folder, read, checksums, floor, asyncio.Semaphore(self.parts_in_flight))
         try:
-            async with asyncio.timeout(allowed_s):
+            async with floor.deadline:
                 await job.bring(files)
         except TimeoutError:
             raise AdapterUnavailable(
-                f"{version.name} of {version.source} comes too slowly: {total} bytes are not here after "
-                f"{allowed_s:.0f} s; the floor is {self.min_bytes_per_s} bytes a second after {self.grace_s:.0f} s"
+                f"{version.name} of {version.source} comes too slowly: {floor.num_bytes} of {total} bytes "
+                f"in {floor.allowed_s:.0f} s; the floor is {self.min_bytes_per_s} bytes a second "
+                f"after {self.grace_s:.0f} s"
             ) from None
+
+
+class _Floor:
+    """The time that a fetch has: what the bytes that came so far may take, and the grace."""
+
+    def __init__(self, min_bytes_per_s: int, grace_s: float) -> None:
+        self.num_bytes = 0
+        self.allowed_s = self._grace_s = grace_s
+        self._min_bytes_per_s = min_bytes_per_s
+        self._started = asyncio.get_running_loop().time()
+        self.deadline = asyncio.timeout_at(self._started + grace_s)
+
+    def note_bytes(self, count: int) -> None:
+        """So many more have come."""
+        self.num_bytes += count
+        if not self.deadline.expired():  # else what is under way is being cancelled
+            self.allowed_s = self._grace_s + self.num_bytes / self._min_bytes_per_s
+            self.deadline.reschedule(self._started + self.allowed_s)
 
 
 @dataclass(slots=True)
@@ -130,6 +156,7 @@ class _Job:
     folder: Path
     read: Read
     checksums: Callable[[FileVersion], Checksum | None]
+    floor: _Floor
     free: asyncio.Semaphore
     told: dict[str, Checksum] = field(default_factory=dict)
 
@@ -138,7 +165,7 @@ class _Job:
         pending = files
         for _ in range(FILE_TRIES):
             await all_of(self._bring_file(file) for file in pending)
-            pending = await asyncio.to_thread(self._differing, files)
+            pending = await in_raw_thread(self._differing, files)
             if not pending:
                 return
         raise AdapterCorrupt(
@@ -171,10 +198,10 @@ class _Job:
                 await self._bring_part(file, 0, size, descriptor)
 
     async def _bring_part(self, file: FileVersion, start: int, stop: int, descriptor: int) -> None:
-        part = Part(file, start, stop, descriptor, (start, stop) == (0, file.size), self.told)
+        part = Part(file, start, stop, descriptor, (start, stop) == (0, file.size), self.told, self.floor.note_bytes)
         async with self.free:
             what = f"{file.name} of {self.version.name} from {self.version.source}"
-            await self.transfer.retry.run(what, partial(self._attempt, part))
+            await self.transfer.retry.run(what, partial(self._attempt, part), progress=lambda: part.position)
 
     async def _attempt(self, part: Part) -> None:
         await self.read(part)

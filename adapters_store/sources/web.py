@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import netrc
 import os
 import re
@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import httpx
+import msgspec
 
 from adapters_store.errors import AdapterDenied, AdapterUnavailable
 from adapters_store.limits import Limits
@@ -32,12 +33,18 @@ from adapters_store.sources.retry import Passing, within
 from adapters_store.sources.transfer import CHUNK_BYTES, Checksum, Part, RangesIgnored, all_of
 
 MAX_REDIRECTS = 5
-MAX_CONNECTIONS = 64
-"""to one host"""
-MAX_JSON_BYTES = 32 << 20
+MAX_CONNECTIONS = 128
+"""to one host: the parts of all fetches that may run at once, and questions beside them"""
+MAX_JSON_BYTES = 8 << 20
 INDEX_FILE = "index.json"
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+for _library in ("httpx", "httpcore"):
+    logging.getLogger(_library).setLevel(logging.WARNING)  # below it are whole URLs, signatures and all
+
+T = TypeVar("T")
+
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_SIZE = re.compile(r"[0-9]{1,18}")
 _SHA256_DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):")
 MISSING = (404, 410)
 """The statuses that say there is no such file."""
@@ -82,10 +89,10 @@ class WebClient:
 
         return await self._retry.run(self.source, lambda: within(self._answer_s, request()))
 
-    async def json(self, url: str, headers: Mapping[str, str]) -> Any:
-        """What a GET gives as JSON, None where there is nothing."""
+    async def json(self, url: str, headers: Mapping[str, str], form: type[T]) -> T | None:
+        """What a GET gives as JSON of that form, None where there is nothing."""
 
-        async def request() -> Any:
+        async def request() -> T | None:
             async with self.open("GET", url, headers) as response:
                 if response.status_code in MISSING:
                     return None
@@ -96,9 +103,9 @@ class WebClient:
                     if len(content) > MAX_JSON_BYTES:
                         raise AdapterUnavailable(f"{self.source}: a list of more than {MAX_JSON_BYTES} bytes")
             try:
-                return json.loads(content)
-            except (ValueError, RecursionError):
-                raise AdapterUnavailable(f"{self.source}: a list that is not JSON") from None
+                return msgspec.json.decode(content, type=form)
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                raise AdapterUnavailable(f"{self.source}: a list that is not JSON, or has another form") from None
 
         return await self._retry.run(self.source, lambda: within(self._answer_s, request()))
 
@@ -181,7 +188,7 @@ class WebSource:
 
     def __init__(self, base: str, options: RemoteOptions) -> None:
         """`base`: the prefix's URL without a slash at its end."""
-        self.source = base
+        self.source = self.endpoint = base
         self.misnamed: list[str] = []
         self._web = WebClient(base, base, options, options.allowed_hosts)
         self._transfer = options.transfer
@@ -199,13 +206,11 @@ class WebSource:
                 return SourceVersion(self.source, name, folder, files)
         return None
 
-    async def names(self) -> list[str]:
+    async def names(self) -> list[str] | None:
         """See RemoteSource: what index.json lists."""
-        listed = await self._web.json(f"{self.source}/{INDEX_FILE}", self._headers())
+        listed = await self._web.json(f"{self.source}/{INDEX_FILE}", self._headers(), list[str])
         if listed is None:
-            return []
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            raise AdapterUnavailable(f"{self.source}: {INDEX_FILE} is not a list of names")
+            return None
         self.misnamed = [name for name in listed if not is_adapter_name(name)]
         return sorted({name for name in listed if is_adapter_name(name)})
 
@@ -221,13 +226,15 @@ class WebSource:
         status, headers = await self._web.head(f"{folder}/{file}", self._headers())
         if status in MISSING:
             return None
-        length = headers.get("content-length", "")
-        if not length.isdecimal():
+        size = size_of(headers.get("content-length", ""))
+        if size is None:
             raise AdapterUnavailable(f"{self.source} does not say how long {file} is (no Content-Length)")
         etag, modified = headers.get("etag", ""), _nanoseconds(headers.get("last-modified", ""))
         if not etag and not modified:
             raise AdapterUnavailable(f"{self.source} gives neither ETag nor Last-Modified for {file}; one is needed")
-        return FileVersion(file, int(length), modified, etag)
+        if not etag.isascii():
+            raise AdapterUnavailable(f"{self.source} gives an ETag for {file} that can't be sent back: it is not ASCII")
+        return FileVersion(file, size, modified, etag)
 
     async def _read(self, folder: str, part: Part) -> None:
         file, headers = part.file, self._headers()
@@ -249,16 +256,20 @@ class WebSource:
 
 def netrc_authorization(host: str) -> dict[str, str]:
     """The Authorization header that the netrc file ($NETRC or ~/.netrc) has for a host, if any."""
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     try:
-        entry = netrc.netrc(path).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
+        entry = netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).authenticators(host)
+    except (OSError, RuntimeError, UnicodeDecodeError, netrc.NetrcParseError):  # RuntimeError: no home folder
         return {}
     if entry is None:
         return {}
     login, _, password = entry
     request = httpx.Request("GET", "https://host")
     return {"Authorization": next(httpx.BasicAuth(login, password or "").auth_flow(request)).headers["Authorization"]}
+
+
+def size_of(text: str) -> int | None:
+    """The bytes that a header says, or None when it says none that a file can have."""
+    return int(text) if _SIZE.fullmatch(text) else None
 
 
 def _check_range(part: Part, response: httpx.Response) -> None:
@@ -284,5 +295,5 @@ def _tag(value: str) -> str:
 def _nanoseconds(date: str) -> int:
     try:
         return int(parsedate_to_datetime(date).timestamp()) * 1_000_000_000
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0

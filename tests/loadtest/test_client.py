@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -140,6 +141,24 @@ async def test_where_events_do_not_say_the_usage_does():
     assert (report["tokens_without_stamp"], report["total_input_tokens"]) == (3, 9)
 
 
+@pytest.mark.parametrize(
+    ("pieces", "error"),
+    [
+        ([DONE], "the stream ended without a token"),
+        ([text("", finish_reason="stop"), DONE], "the stream ended without a token"),
+        ([event({"choices": [], "usage": {"completion_tokens": 0}}), DONE], "the stream ended without a token"),
+        ([b'{"error": {"message": "no such model"}}'], "no such model"),
+        ([b'{"choices": []}'], "the stream ended before its end"),
+        ([text("a"), event({"choices": [], "usage": {"completion_tokens": -1}}), DONE], "completion_tokens"),
+        ([text("a"), event({"choices": [], "usage": {"prompt_tokens": -9}}), DONE], "prompt_tokens"),
+    ],
+)
+async def test_an_answer_without_tokens_or_with_impossible_counts_has_failed(pieces, error):
+    (outcome,), report = await drive(says(*pieces))
+    assert error in outcome.error
+    assert (report["completed"], report["failed"]) == (0, 1)
+
+
 async def test_errors_are_counted_and_averaged_into_nothing():
     good = paced(0.0, 0.0)
     answers = {
@@ -204,6 +223,20 @@ async def test_closed_loop_latency_counts_from_the_send():
     assert all(due >= ended for (_, ended), (due, _) in itertools.pairwise(starts))
 
 
+@pytest.mark.parametrize(("arrivals", "bound", "expected"), [("closed:2", 9, 2), ("closed:9", 2, 2)])
+async def test_of_two_bounds_the_lower_holds(arrivals, bound, expected):
+    spec = WorkloadSpec(num_requests=8, arrivals=arrivals, prompt_tokens="1", output_tokens="1")
+    _, report = await drive(paced(0.05, 0.0), spec, max_concurrency=bound)
+    assert report["max_concurrent_requests"] == expected
+
+
+async def test_no_more_connections_are_prepared_for_than_there_are_requests(monkeypatch):
+    asked = []
+    monkeypatch.setattr("loadtest.client.raise_file_limit", asked.append)
+    await drive(paced(0.0, 0.0), WorkloadSpec(num_requests=4, arrivals="closed:1000000", output_tokens="1"))
+    assert asked == [4]
+
+
 async def test_an_open_loop_does_not_wait_for_answers():
     """Nothing is answered before all ten have come: a generator that waited would never send the second."""
     num_seen, all_seen = 0, asyncio.Event()
@@ -238,14 +271,14 @@ async def test_an_open_loop_does_not_wait_for_answers():
     ],
 )
 def test_dialects(dialect, adapter, expected):
-    spec = WorkloadSpec(num_requests=1, prompt_kind="text")
+    spec = WorkloadSpec(num_requests=1, prompt_kind="text", extra_body={"top_p": 0.5})
     _, (request,) = draw(spec, [])
     request = type(request)(0, 0.0, adapter, "hi", 1, 9)
-    body = json.loads(Dialect(dialect, "base", ["a", "b"], extra={"top_p": 0.5}).body(request, spec))
+    body = json.loads(Dialect(dialect, "base", ["a", "b"]).body(request, spec))
     always = {"max_tokens": 9, "stream": True, "ignore_eos": True, "temperature": 0.0, "top_p": 0.5}
     assert (expected | always).items() <= body.items()
     assert ("prompt" in body) == (dialect != "openai-chat")
-    strict = json.loads(Dialect("openai", "base", ["a", "b"], strict=True).body(request, spec))
+    strict = json.loads(Dialect("openai", "base", ["a", "b"]).body(request, dataclasses.replace(spec, strict=True)))
     assert {"ignore_eos", "return_token_ids"}.isdisjoint(strict)
 
 
@@ -255,7 +288,7 @@ def test_a_chat_of_ids_is_refused():
         Dialect("openai-chat", "base", []).body(draw(spec, [])[1][0], spec)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://127.0.0.1", "http://"])
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://127.0.0.1", "http://", "http://127.0.0.1:abc", "http://[::1"])
 def test_what_is_no_address_is_named(url):
     with pytest.raises(ValueError, match="http"):
         resolve(url)

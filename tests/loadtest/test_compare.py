@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -54,10 +55,12 @@ def test_medians_of_repeats_and_ratios_to_the_first():
         ("num_requests", 7),
         ("num_adapters", 3),
         ("ignore_eos", False),
+        ("strict", True),
+        ("extra_body", {"top_p": 0.5}),
     ],
 )
 def test_other_workloads_are_refused_by_name(field, value):
-    with pytest.raises(Incomparable, match=f"a and b .*{field}: .* and {value!r}"):
+    with pytest.raises(Incomparable, match=f"a and b .*{field}: .* and {re.escape(repr(value))}"):
         group([("a", result("x")), ("b", result("y", **{field: value}))])
 
 
@@ -83,11 +86,44 @@ def test_files_of_vllm_are_compared_by_what_they_say():
         group([("ours.json", ours), ("theirs.json", theirs | {"request_rate": 3.0})])
 
 
+def test_burstiness_counts_where_there_are_gaps_only():
+    fields = {"num_prompts": 4, "total_input_tokens": 9, "burstiness": "inf"}
+    ours = result("ours") | fields | {"request_rate": "inf"}
+    theirs = {key: value for key, value in ours.items() if key not in ("workload", "label")} | {"burstiness": 1.0}
+    assert len(group([("ours.json", ours), ("theirs.json", theirs)])) == 2
+    with pytest.raises(Incomparable, match="burstiness"):
+        group([("ours.json", ours | {"request_rate": 3.0}), ("theirs.json", theirs | {"request_rate": 3.0})])
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}'])
 def test_what_is_no_result_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(Incomparable, match=r"x\.json"):
         read_result(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("workload", None),
+        ("workload", {}),
+        ("label", ["x"]),
+        ("output_throughput", "fast"),
+        ("ttfts", [1.0, "x"]),
+    ],
+)
+def test_a_damaged_result_is_refused_by_the_key(tmp_path, key, value):
+    (tmp_path / "x.json").write_text(json.dumps(result("x") | {key: value}))
+    with pytest.raises(Incomparable, match=rf"x\.json is a damaged result: .*{key}"):
+        read_result(tmp_path / "x.json")
+
+
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(result("ours")))
+    with pytest.raises(SystemExit) as refused:
+        main([str(tmp_path / "a.json"), "--plot", str(tmp_path / "missing" / "p.svg")])
+    assert refused.value.code == 2
+    assert "missing/p.svg can't be written" in capsys.readouterr().err
 
 
 def test_the_command_refuses_with_status_2(tmp_path, capsys):

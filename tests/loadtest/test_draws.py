@@ -41,6 +41,8 @@ def test_constant_all_and_closed():
     assert not parse_arrivals("all").times(5, rng()).any()
     closed = parse_arrivals("closed:3")
     assert (closed.concurrency, closed.is_open) == (3, False)
+    assert [closed.bounded(bound) for bound in (None, 2, 8)] == [3, 2, 3]
+    assert [parse_arrivals("all").bounded(bound) for bound in (None, 2)] == [None, 2]
 
 
 @pytest.mark.parametrize(
@@ -91,11 +93,16 @@ def test_lengths():
     ("parse", "text"),
     [
         *((parse_arrivals, text) for text in ("poisson", "poisson:0", "gamma:1", "closed:1.5", "x:1", "poisson:inf")),
-        *((parse_lengths, text) for text in ("0", "uniform:5:4", "lognormal:10", "lognormal:10:1:9", "x", "1.5")),
+        *((parse_arrivals, text) for text in ("gamma:1000:1e160", "gamma:1000:1e-160")),
+        *(
+            (parse_lengths, text)
+            for text in ("0", "uniform:5:4", "lognormal:10", "lognormal:10:1:9", "x", "1.5", "uniform:1:1e30")
+        ),
         *(
             (lambda text: parse_popularity(text, "ab"), text)
             for text in ("zipf", "power:0", "shares:1,2,3", "shares:c=1", "shares:0,0", "shares:a=1,b=1,*=1", "x")
         ),
+        (lambda text: parse_popularity(text, "ab"), "shares:1e308,1e308"),
     ],
 )
 def test_what_makes_no_sense_is_named(parse, text):
@@ -125,6 +132,24 @@ def test_the_share_of_the_base():
     assert set(adapters) == {None, 0, 1, 2}
 
 
+@pytest.mark.parametrize("fields", [{"popularity": "zipf"}, {"popularity": "shares:a=1"}, {"base_share": 1.5}])
+def test_what_is_wrong_of_adapters_is_refused_without_any_too(fields):
+    with pytest.raises(ValueError, match=r"popularity|base share"):
+        draw(WorkloadSpec(num_requests=1, **fields), [])
+
+
+@pytest.mark.parametrize("popularity", ["uniform", "zipf:1", "power:0.3", "distinct"])
+def test_without_adapters_all_go_to_the_base(popularity):
+    _, requests = draw(WorkloadSpec(num_requests=3, popularity=popularity), [])
+    assert [request.adapter for request in requests] == [None] * 3
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(-1, 5), (5, 5), (5, 10**30)])
+def test_prompt_ids_that_are_none_name_their_flags(lowest, highest):
+    with pytest.raises(ValueError, match=r"--lowest-id .* --highest-id"):
+        draw(WorkloadSpec(lowest_id=lowest, highest_id=highest), [])
+
+
 def test_prompts_have_the_asked_length_and_ids():
     _, ids = draw(WorkloadSpec(num_requests=20, lowest_id=5, highest_id=9, prompt_tokens="uniform:1:30"), [])
     assert all(len(request.prompt) == request.prompt_tokens for request in ids)
@@ -135,4 +160,11 @@ def test_prompts_have_the_asked_length_and_ids():
 
 def test_names():
     assert expand_names("a,b-[08-11],c") == ["a", "b-08", "b-09", "b-10", "b-11", "c"]
+    assert expand_names("a[0-1]b[9-10]") == ["a0b9", "a0b10", "a1b9", "a1b10"]
     assert expand_names("") == []
+
+
+@pytest.mark.parametrize("text", ["a[3-1]", ",", "a,,b"])
+def test_names_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="names"):
+        expand_names(text)

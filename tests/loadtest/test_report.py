@@ -24,6 +24,7 @@ VLLM_KEYS = {
     *("date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate"),
     *("burstiness", "max_concurrency", "duration", "completed", "failed", "total_input_tokens"),
     *("total_output_tokens", "request_throughput", "request_goodput", "output_throughput", "total_token_throughput"),
+    "rtfx",
     *("input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times", "generated_texts"),
     *("errors", "max_output_tokens_per_s", "max_concurrent_requests"),
     *(
@@ -87,7 +88,7 @@ def test_figures(outcomes):
         (["ttft:400", "tpot:150"], 1),
         (["tpot:150"], 2),
         (["e2el:600", "ttft:250"], 1),
-        (["ttft:0"], 0),
+        (["ttft:0.001"], 0),
     ],
 )
 def test_goodput_and_attainment_count_what_failed_as_not_good(outcomes, goals, num_good):
@@ -96,10 +97,15 @@ def test_goodput_and_attainment_count_what_failed_as_not_good(outcomes, goals, n
     assert report["slo_attainment"] == pytest.approx(num_good / 5)
 
 
-@pytest.mark.parametrize("text", ["itl:5", "ttft", "ttft:x", "ttft:-1", "ttft:nan"])
+@pytest.mark.parametrize("text", ["itl:5", "ttft", "ttft:x", "ttft:-1", "ttft:0", "ttft:nan", "ttft:inf"])
 def test_a_goal_that_makes_no_sense_is_named(text):
     with pytest.raises(ValueError, match=text):
         parse_goals([text])
+
+
+def test_a_goal_is_given_once():
+    with pytest.raises(ValueError, match="tpot:6"):
+        parse_goals(["tpot:5", "tpot:6"])
 
 
 def test_it_has_the_keys_that_vllm_writes_and_is_json(outcomes):
@@ -107,7 +113,7 @@ def test_it_has_the_keys_that_vllm_writes_and_is_json(outcomes):
     assert set(report) >= VLLM_KEYS
     assert {f"p{p}_ttft_ms" for p in PERCENTILES} <= set(report)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert (report["request_rate"], report["max_concurrency"]) == ("inf", 2)
+    assert (report["request_rate"], report["max_concurrency"], report["rtfx"]) == ("inf", 2, 0)
     in_order = [report[key] for key in ("ttfts", "itls", "errors", "input_lens", "start_times")]
     assert {len(values) for values in in_order} == {5}
 
@@ -155,9 +161,19 @@ def test_the_picture_is_xml_with_a_line_for_every_panel(outcomes):
     assert all(0 <= number <= 440 for number in numbers)
 
 
-def test_a_picture_needs_details():
+def test_a_picture_needs_details(outcomes):
     with pytest.raises(ValueError, match="details"):
         draw_svg([("x", {"output_throughput": 1})])
+    with pytest.raises(ValueError, match="start_times"):
+        draw_svg([("x", {key: value for key, value in report_of(outcomes).items() if key != "start_times"})])
+
+
+def test_a_picture_of_a_file_of_vllm_is_that_of_ours(outcomes):
+    """Its start times are by a clock with any zero, and it has no `latencies`: here they end at the last token."""
+    report = report_of(outcomes)
+    theirs = {**report, "start_times": [time + 524_288.0 for time in report["start_times"]]}
+    del theirs["latencies"]
+    assert draw_svg([("x", theirs)]) == draw_svg([("x", report)])
 
 
 @pytest.mark.parametrize("high", [0.0, 0.03, 1.0, 7.0, 999.0, 12345.0])
@@ -173,3 +189,5 @@ def test_burstiness_of_equal_gaps_is_written_as_vllm_would():
     assert Arrivals(3.0).burstiness == math.inf
     made = [outcome(0, None, [0.5])]
     assert report_of(made, arrivals="constant:3", adapters=())["burstiness"] == "inf"
+    for without_gaps in ("all", "closed:3"):
+        assert report_of(made, arrivals=without_gaps, adapters=())["burstiness"] == 1

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 import pytest
 
 from loadtest.canned import paced, port_of, start_canned
+from loadtest.compare import group
 from loadtest.compare import main as compare
+from loadtest.outputs import check_writable
 from loadtest.serve import main as serve
 from tests.e2e.tiny_server import World, tiny_server
 
@@ -70,8 +72,29 @@ def test_without_details_a_file_is_small_and_still_compares(tmp_path, capsys):
         (["--goodput", "itl:5"], 2, "itl:5"),
         (["--backend", "openai-chat"], 2, "text"),
         (["--extra-body", "{"], 2, "extra-body"),
-        (["--num-requests", "0"], 2, "at least 1"),
+        (["--extra-body", "x"], 2, "--extra-body: 'x': a JSON object"),
+        (["--num-requests", "0"], 2, "--num-requests: '0' is not a whole number from 1 up"),
+        (["--repeats", "0"], 2, "--repeats: '0' is not a whole number from 1 up"),
+        (["--max-concurrency", "-2"], 2, "--max-concurrency: '-2' is not a whole number from 1 up"),
+        (["--seed", "-1"], 2, "--seed: '-1' is not a whole number from 0 up"),
+        (["--warmup", "-1"], 2, "--warmup: '-1' is not a whole number from 0 up"),
+        (
+            ["--highest-id", "99999999999"],
+            2,
+            "--highest-id 99999999999: from 0, the first",
+        ),
+        (["--lowest-id", "9", "--highest-id", "9"], 2, "--lowest-id 9 and --highest-id 9: from 0"),
+        (["--temperature", "inf"], 2, "temperature inf: a number from 0 up"),
+        (["--timeout", "nan"], 2, "--timeout: 'nan' is not a number above 0"),
+        (["--base-share", "nan"], 2, "base share nan: a number from 0 to 1"),
+        (["--api-key", "a\r\nb"], 2, "--api-key: printable ASCII only"),
+        (["--goodput", "ttft:5", "ttft:6"], 2, "ttft:6"),
+        (["--prompt-tokens", "uniform:1:1e30"], 2, "--prompt-tokens: lengths 'uniform:1:1e30'"),
+        (["--arrivals", "gamma:1000:1e160"], 2, "--arrivals: arrivals 'gamma:1000:1e160': CV from 0.01 to 100"),
+        (["--adapters", "a[3-1]"], 2, "--adapters: names 'a[3-1]': 3 is above 1"),
+        (["--popularity", "zipf"], 2, "popularity 'zipf'"),
         ([], 1, "no warm-up request was answered"),
+        (["--warmup", "0"], 1, "not one request of seed 0 was answered"),
     ],
 )
 def test_what_cannot_be_run_ends_with_a_status_and_says_why(flags, status, said, capsys):
@@ -79,6 +102,46 @@ def test_what_cannot_be_run_ends_with_a_status_and_says_why(flags, status, said,
         serve(["--url", "http://127.0.0.1:9", "--model", "m", *flags])
     assert ended.value.code == status
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:abc", "http://[::1"])
+def test_an_address_that_is_none_is_refused_before_the_server_is_asked_for_names(url, capsys):
+    with pytest.raises(SystemExit) as ended:
+        serve(["--url", url])
+    assert ended.value.code == 2
+    assert url in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--plot"])
+@pytest.mark.parametrize("name", ["", "missing/r"])
+@pytest.mark.parametrize("repeats", ["1", "2"])
+def test_what_cannot_be_written_is_refused_before_the_run(tmp_path, capsys, flag, name, repeats):
+    asked = []
+    with canned(asked.append) as url, pytest.raises(SystemExit) as ended:
+        serve(["--url", url, "--model", "m", "--repeats", repeats, flag, str(tmp_path / name)])
+    assert (ended.value.code, asked) == (2, [])
+    assert "can't be written" in capsys.readouterr().err
+
+
+def test_a_path_that_can_be_written_is_left_as_it_was(tmp_path):
+    (tmp_path / "kept").write_text("x")
+    for name in ("kept", "new"):
+        check_writable(tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("kept", "x")]
+
+
+def test_a_closed_loop_within_a_bound_is_written_as_it_ran(tmp_path):
+    flags = ["--model", "m", "--num-requests", "6", "--output-tokens", "1", "--out", str(tmp_path / "r.json")]
+    found = []
+    with canned(paced(0.02, 0.0)) as url:
+        for bounds in (["closed:2", "--max-concurrency", "4"], ["closed:4", "--max-concurrency", "2"], ["closed:2"]):
+            serve(["--url", url, "--strict", "--extra-body", '{"n": 1}', *flags, "--arrivals", *bounds])
+            found.append(json.loads((tmp_path / "r.json").read_text()))
+    for result in found:
+        assert (result["workload"]["arrivals"], result["max_concurrency"]) == ("closed:2", 2)
+        assert result["max_concurrent_requests"] == 2
+        assert (result["workload"]["strict"], result["workload"]["extra_body"]) == (True, {"n": 1})
+    assert len(group([(str(number), result) for number, result in enumerate(found)])) == 1
 
 
 def test_our_server_answers_every_token_that_is_asked_for(tmp_path):

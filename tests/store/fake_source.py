@@ -20,7 +20,7 @@ class FakeSource:
     """What RemoteSource asks for. `fault(call)` may raise; calls wait while `gate` is cleared."""
 
     def __init__(self, source: str = "fake://bucket/team") -> None:
-        self.source = source
+        self.source = self.endpoint = source
         self.misnamed: list[str] = []
         self.adapters: dict[str, tuple[int, Files]] = {}  # by name: how many puts were before it, and the files
         self.calls: Counter[str] = Counter()

@@ -10,6 +10,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 ERROR_BODY = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>secret-of-the-server</Message></Error>"
+LISTING = (
+    b"<?xml version='1.0'?><ListBucketResult><IsTruncated>false</IsTruncated><Contents><Key>%s</Key><Size>1</Size>"
+    b"<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents></ListBucketResult>"
+)
 CODES = {403: b"AccessDenied", 404: b"NoSuchKey", 412: b"PreconditionFailed", 503: b"SlowDown", 500: b"InternalError"}
 
 
@@ -78,6 +82,9 @@ class FaultProxy:
             writer.write(
                 b"HTTP/1.1 302 X\r\nLocation: %s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % value.encode()
             )
+        elif kind == "listing":
+            body = LISTING % value.encode()
+            writer.write(b"HTTP/1.1 200 X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body))
         elif kind == "hang":
             await asyncio.sleep(float(value))
         elif kind == "reset":

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
-from adapters_store.errors import AdapterDenied, AdapterNotFound, AdapterUnavailable, RawDamaged
+from adapters_store.errors import AdapterDenied, AdapterNotFound, AdapterTooLarge, AdapterUnavailable, RawDamaged
 from adapters_store.flights import Flights
-from adapters_store.lru import STALE_TEMPORARY_S
+from adapters_store.lru import STALE_TEMPORARY_S, TOUCH_S, LeasedLru, Resident
 from adapters_store.misses import Misses
 from adapters_store.raw import RECORD_FILE, RawFiles, RawFolder, hash_files
 from adapters_store.ref import FileVersion, SourceVersion
@@ -181,6 +183,122 @@ def test_two_processes_that_bring_the_same_version(tmp_path):
     bring(other, "a")
     assert one.find(version) and other.find(version)
     assert left(tmp_path) == {version.key}
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone"])
+def test_a_damaged_entry_of_another_process_is_replaced(tmp_path, damage):
+    one, other = RawFiles(tmp_path), RawFiles(tmp_path)
+    version = bring(one, "a")
+    weights = one.folder_of(version.key) / "adapter_model.safetensors"
+    os.truncate(weights, 1) if damage == "shorter" else weights.unlink()
+    bring(other, "a")
+    assert one.find(version) and other.find(version)
+    assert weights.read_bytes() == CONTENT[weights.name]
+    assert left(tmp_path) == {version.key}
+
+
+def test_folders_above_are_for_this_user_alone(tmp_path):
+    before = os.umask(0o022)
+    try:
+        RawFiles(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / path).stat().st_mode) for path in ("cache", "cache/raw")] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("what", ["discard", "abandon"])
+async def test_an_event_loop_does_not_wait_for_gigabytes_to_be_deleted(tmp_path, monkeypatch, what):
+    raw, may_end, rmtree = RawFiles(tmp_path), threading.Event(), shutil.rmtree
+    version = bring(raw, "a")
+
+    def slow(*args: object, **given: object) -> None:
+        assert threading.current_thread() is not threading.main_thread() and may_end.wait(10)
+        rmtree(*args, **given)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    if what == "discard":
+        raw.discard(version.key)
+        assert not raw.find(version) and version.key not in left(tmp_path)
+        assert raw.find(bring(raw, "a"))  # its place is free at once
+    else:
+        folder = raw.new_folder()
+        (folder / "adapter_config.json").write_bytes(b"{")
+        raw.abandon(folder)
+    assert len(left(tmp_path) - {version.key}) == 1
+    closing = asyncio.ensure_future(asyncio.to_thread(raw.close))
+    await asyncio.sleep(0.02)
+    assert not closing.done()
+    may_end.set()
+    await closing
+    assert left(tmp_path) == {version.key}
+
+
+def test_an_entry_that_goes_while_it_is_looked_at_at_start(tmp_path, monkeypatch):
+    """Another process evicts; folders of this test are taken for gone when they are looked at."""
+    version = bring(RawFiles(tmp_path), "a")
+    look = Path.stat
+
+    def stat_(path: Path, **given: bool):
+        if path.name == version.key and given.get("follow_symlinks", True) and len(looks) >= 1:
+            raise FileNotFoundError(path)
+        looks.extend([path] if path.name == version.key else [])
+        return look(path, **given)
+
+    looks: list[Path] = []
+    monkeypatch.setattr(Path, "stat", stat_)
+    assert RawFiles(tmp_path).num_entries == 0
+
+
+def test_what_is_over_the_quota_alone_is_refused(tmp_path):
+    for quota, is_refused in ((NUM_BYTES - 1, True), (NUM_BYTES, False), (0, False), (None, False)):
+        raw = RawFiles(tmp_path, quota)
+        if is_refused:
+            with pytest.raises(AdapterTooLarge, match=f"a has {NUM_BYTES} bytes; .* is {quota}"):
+                raw.check_quota(version_of("a"))
+        else:
+            raw.check_quota(version_of("a"))
+        raw.close()
+
+
+def lru(tmp_path: Path, quota: int, clock: Clock, **residents: Resident) -> LeasedLru[Resident]:
+    made = LeasedLru(quota, path_of=lambda key: tmp_path / key, drop=lambda key: made.pop(key), grace_s=50, clock=clock)
+    for key, resident in residents.items():
+        (tmp_path / key).touch()
+        made.put(key, resident)
+    return made
+
+
+def test_a_use_in_the_future_keeps_nothing_for_ever(tmp_path):
+    clock = Clock()
+    ahead = lru(tmp_path, 10, clock, old=Resident(10, 1.0), ahead=Resident(10, clock.now + 1e6))
+    ahead.evict()
+    assert set(ahead.residents) == {"ahead"}
+    ahead.put("more", Resident(5, clock.now - 100))
+    ahead.touch("more")
+    ahead.evict()
+    assert set(ahead.residents) == {"more"}
+    future = lru(tmp_path, 10, clock, ahead=Resident(10, clock.now + 1e6))
+    os.utime(tmp_path / "ahead", (clock.now + 1e6,) * 2)
+    future.touch("ahead")
+    assert abs((tmp_path / "ahead").stat().st_mtime - clock.now) < TOUCH_S
+
+
+def test_under_the_quota_nothing_is_summed_or_sorted(tmp_path):
+    full = lru(tmp_path, 100, Clock(), a=Resident(40, 1.0), b=Resident(60, 1.0))
+
+    class Unlooked(dict):
+        def items(self):
+            raise AssertionError("looked at all of them")
+
+        values = items
+
+    full.residents = Unlooked(full.residents)
+    full.evict()
+    full.put("b", Resident(50, 1.0))  # in place of the one before
+    assert full.bytes_used == 90
+    full.pop("a")
+    assert (full.bytes_used, full.pop("a")) == (50, None)
+    full.evict()
 
 
 def test_a_refusing_disk_is_said_and_leaves_the_folder_to_its_owner(tmp_path, monkeypatch):

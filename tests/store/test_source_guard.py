@@ -51,6 +51,9 @@ BAD_URLS = [
     "https://-a.example/",
     "https://a..example/",
     "https:///path",
+    "https:store.example",
+    "https:/store.example",
+    "http:foo",
     "https://[",
     "https://store.example:99999/",
     "store.example",
@@ -94,6 +97,13 @@ NEVER = [
     "224.0.0.1",
     "ff02::1",
     "::ffff:0.0.0.0",
+    "fec0::1",
+    "feff::1",
+    "::169.254.169.254",
+    "::127.0.0.1",
+    "::8.8.8.8",
+    "64:ff9b:1::a9fe:a9fe",
+    "64:ff9b:1:ffff::808:808",
 ]
 PRIVATE = [
     "127.0.0.1",

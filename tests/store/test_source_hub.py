@@ -80,7 +80,7 @@ async def test_folders_of_a_repository_are_adapters(hub, tmp_path):
     assert await whole.names() == ["loras/a", "loras/b/c", "many"]
     assert (await resolved(whole, "many")).path == "team/many"
     owner = opened(hub, "hf://team")
-    assert await owner.names() == []
+    assert await owner.names() is None
     assert (await resolved(owner, "many/loras/a")).path == "team/many/loras/a"
     for one in (source, whole, owner):
         await one.close()
@@ -94,6 +94,77 @@ async def test_all_files_are_of_one_commit(hub, tmp_path):
     await source.fetch(version, tmp_path, Limits())
     assert content(tmp_path) == FILES
     assert {file.version_id for file in (await resolved(source, "fr")).files} == {new} != {old}
+    await source.close()
+
+
+async def test_a_commit_that_leaves_an_adapter_alone_makes_no_new_version(hub, tmp_path):
+    files = {f"{name}/{file}": data for name in ("a", "b") for file, data in FILES.items()}
+    first = hub.commit("team/many", files, "main")
+    source = opened(hub, "hf://team/many")
+    a, b = await resolved(source, "a"), await resolved(source, "b")
+    second = hub.commit("team/many", {**files, "b/adapter_model.safetensors": WEIGHTS[::-1]}, "main")
+    assert await resolved(source, "a") == a and {file.version_id for file in a.files} == {first}
+    assert {file.version_id for file in (await resolved(source, "b")).files} == {second}
+    assert b.key != (await resolved(source, "b")).key
+    hub.server.special = {path: made for path, made in hub.server.special.items() if first not in path}
+    with pytest.raises(FileChanged):  # its commit is gone: the next is another
+        await source.fetch(a, tmp_path, Limits())
+    again = await resolved(source, "a")
+    assert {file.version_id for file in again.files} == {second}
+    await source.fetch(again, tmp_path, Limits())
+    await source.close()
+
+
+async def test_versions_remembered_are_bounded(hub, monkeypatch):
+    monkeypatch.setattr("adapters_store.sources.hub.MAX_LAST", 2)
+    source = opened(hub, "hf://team/many")
+    hub.commit("team/many", {f"{name}/adapter_config.json": b"{}" for name in "abc"}, "main")
+    for name in "abc":
+        await resolved(source, name)
+    assert list(source._last) == ["b", "c"]
+    await source.close()
+
+
+@pytest.mark.parametrize("token", [b"hf_\xff", "hf_ü".encode()])
+async def test_a_token_that_is_none(hub, tmp_path, monkeypatch, token):
+    hub.commit("team/fr", FILES, "main")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_bytes(token)
+    source = opened(hub, "hf://team")
+    with pytest.raises(AdapterUnavailable, match="token is not ASCII") as caught:
+        await source.resolve("fr")
+    assert "hf_" not in caught.value.message
+    await source.close()
+
+
+async def test_no_home_folder_is_no_token(hub, monkeypatch):
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    hub.commit("team/fr", FILES, "main")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    source = opened(hub, "hf://team")
+    await resolved(source, "fr")
+    await source.close()
+
+
+async def test_a_size_that_no_file_has(hub):
+    commit = hub.commit("team/fr", FILES, "main")
+    headers = {"ETag": '"x"', "X-Repo-Commit": commit, "X-Linked-Size": "9" * 19}
+    hub.server.special["/team/fr/resolve/main/adapter_config.json"] = lambda _: (200, headers, b"{}")
+    source = opened(hub, "hf://team")
+    with pytest.raises(AdapterUnavailable, match="does not say commit, size"):
+        await source.resolve("fr")
+    await source.close()
+
+
+@pytest.mark.parametrize("listing", [b"[]", b'{"siblings": [{}]}', b'{"siblings": 1}', b"<html>"])
+async def test_a_listing_of_another_form(hub, listing):
+    hub.commit("team/fr", FILES, "main")
+    hub.server.special["/api/models/team/fr/revision/main"] = lambda _: (200, {}, listing)
+    source = opened(hub, "hf://team/fr")
+    with pytest.raises(AdapterUnavailable, match="another form"):
+        await source.names()
     await source.close()
 
 

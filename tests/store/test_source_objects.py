@@ -15,6 +15,7 @@ import pytest
 from adapters_store.errors import AdapterCorrupt, AdapterDenied, AdapterTooLarge, AdapterUnavailable
 from adapters_store.limits import Limits
 from adapters_store.ref import SourceVersion
+from adapters_store.sources.endpoints import s3_credentials
 from adapters_store.sources.folder import FileChanged
 from adapters_store.sources.remote import RemoteOptions, RemoteSource, open_source
 from tests.store.fault_proxy import FaultProxy, fault_proxy
@@ -347,6 +348,59 @@ async def test_keys_from_the_shared_credentials_file(server, monkeypatch, tmp_pa
         open_source("s3://adapters/team", options=QUICK)
     for one in (denied, source):
         await one.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[default]\naws_access_key_id = key\nsecret words\n",
+        b"secret = words",
+        b"[default]\nsecret = \xff",
+        b"[default]\nsecret = 1\nsecret = 2",
+    ],
+)
+async def test_a_credentials_file_that_is_none_is_not_quoted(server, monkeypatch, tmp_path, content):
+    use(monkeypatch, server.url)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} is no file of profiles and keys") as caught:
+        open_source("s3://adapters/team", options=QUICK)
+    assert "secret" not in str(caught.value)
+    file.write_text(f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n")
+    source = open_source("s3://adapters/team", options=QUICK)
+    file.write_bytes(content)  # it breaks while the server runs
+    with pytest.raises(AdapterDenied) as failed:
+        await source.resolve("fr")
+    assert "secret" not in failed.value.message
+    await source.close()
+
+
+def test_no_home_folder_is_no_credentials_file(server, monkeypatch):
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    use(monkeypatch, server.url)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert s3_credentials() is None
+    monkeypatch.setenv("AWS_PROFILE", "store")
+    with pytest.raises(ValueError, match="AWS_SHARED_CREDENTIALS_FILE"):
+        s3_credentials()
+
+
+@pytest.mark.parametrize("key", ["team/fr//x", "team/fr/../x", "team/./x"])
+async def test_a_key_that_can_not_be_listed_is_said_at_once(source, proxy, key):
+    proxy.always.append(("list-type", f"listing:{key}"))
+    for asked in (source.resolve("fr"), source.names()):
+        with pytest.raises(
+            AdapterUnavailable, match=r"s3://adapters/team: a key there has an empty, '\.' or '\.\.' part"
+        ):
+            await asked
+    assert len(proxy.requests) == 2
 
 
 async def test_gs_speaks_the_same_requests_unsigned(server, monkeypatch, tmp_path):

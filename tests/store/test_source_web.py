@@ -15,8 +15,11 @@ import pytest
 from adapters_store.errors import AdapterCorrupt, AdapterDenied, AdapterTooLarge, AdapterUnavailable
 from adapters_store.limits import Limits
 from adapters_store.ref import SourceVersion
+from adapters_store.remote_names import MAX_QUESTIONS
+from adapters_store.remote_tier import MAX_FETCHES
 from adapters_store.sources.folder import FileChanged
 from adapters_store.sources.remote import RemoteOptions, RemoteSource, open_source
+from adapters_store.sources.web import MAX_CONNECTIONS
 from tests.store.web_server import Answer, Request, WebServer, file_answer, web_server
 
 MIB = 1 << 20
@@ -88,11 +91,11 @@ async def test_a_prefix_that_is_an_adapter_is_served_under_its_own_name(server):
 
 
 async def test_names_are_those_of_the_index(source, server):
-    assert await source.names() == []
+    assert await source.names() is None
     server.files["/team/index.json"] = json.dumps(["fr", "a/b", "../x", "fr"]).encode()
     assert await source.names() == ["a/b", "fr"]
     assert source.misnamed == ["../x"]
-    for wrong in (b'{"a": 1}', b"[1]", b"<html>", b"[" * 100_000):
+    for wrong in (b'{"a": 1}', b"[1]", b"<html>", b"[" * 100_000, b'["\xff"]', b"[" + b'"a",' * (9 << 18) + b'"a"]'):
         server.files["/team/index.json"] = wrong
         with pytest.raises(AdapterUnavailable):
             await source.names()
@@ -120,6 +123,57 @@ async def test_a_server_that_does_not_say_enough(source, server, hidden, says):
     server.hidden = hidden
     with pytest.raises(AdapterUnavailable, match=says):
         await source.resolve("fr")
+
+
+@pytest.mark.parametrize("said", ["9" * 19, "9" * 5000, "-1", "+1", "1_0"])
+async def test_a_length_that_no_file_has(source, server, said):
+    server.special[f"{FR}/adapter_config.json"] = lambda _: (200, {"ETag": '"x"', "Content-Length": said}, b"")
+    with pytest.raises(AdapterUnavailable, match=r"Content-Length|connection failed"):
+        await source.resolve("fr")
+
+
+async def test_a_tag_that_can_not_be_sent_back(source, server):
+    server.special[f"{FR}/adapter_config.json"] = lambda request: (200, {"ETag": '"\xfc"'}, b"{}")
+    with pytest.raises(AdapterUnavailable, match="not ASCII"):
+        await source.resolve("fr")
+
+
+async def test_a_range_that_no_file_has(source, server, tmp_path):
+    version = await resolved(source)
+    server.special[MODEL] = lambda _: (206, {"Content-Range": f"bytes {'9' * 5000}-1/*"}, b"x")
+    with pytest.raises(AdapterUnavailable, match="another range"):
+        await source.fetch(version, tmp_path, Limits())
+
+
+@pytest.mark.parametrize("netrc", [b"\xff\xfe", None])
+async def test_a_netrc_that_can_not_be_read_gives_no_credentials(source, server, tmp_path, monkeypatch, netrc):
+    if netrc is None:
+        monkeypatch.delenv("NETRC", raising=False)
+        monkeypatch.setattr(Path, "expanduser", no_home)
+    else:
+        (tmp_path / "netrc").write_bytes(netrc)
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    await resolved(source)
+    assert {request.headers.get("authorization") for request in server.requests} == {None}
+
+
+def no_home(path: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+async def test_no_url_is_logged(server, caplog):
+    """Redirects to content hosts are signed."""
+    server.special[f"{FR}/adapter_config.json"] = redirect(f"{FR}/tokenizer_config.json?signature=secret")
+    server.files[f"{FR}/tokenizer_config.json?signature=secret"] = b"{}"
+    source = open_source(f"{server.url}/team", options=options())
+    with caplog.at_level("INFO"):
+        await resolved(source)
+    await source.close()
+    assert server.asked("signature=secret") and "secret" not in caplog.text
+
+
+def test_questions_get_connections_while_all_fetches_run():
+    assert MAX_FETCHES * RemoteOptions().parts_in_flight + MAX_QUESTIONS <= MAX_CONNECTIONS
 
 
 @pytest.mark.parametrize("hidden", [set(), {"etag"}, {"last-modified"}])

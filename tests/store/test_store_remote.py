@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from adapters_store.errors import (
 from adapters_store.host import HostCache
 from adapters_store.image import read_header
 from adapters_store.limits import Limits
+from adapters_store.ref import FileVersion, SourceVersion
 from adapters_store.remote_names import NamePolicy
 from adapters_store.remote_tier import RemoteTier
 from adapters_store.store import AdapterStore
@@ -428,6 +431,52 @@ async def test_fetches_at_once_are_bounded(open_store, source, files):
     assert source.most_at_once == 3
 
 
+async def test_a_slow_source_leaves_turns_to_the_others(tmp_path, source, files):
+    other = FakeSource("fake://other")
+    other.put("quick", {"adapter_config.json": b"{}"})
+    tier = RemoteTier([source, other], tmp_path / "cache", max_fetches=3)
+    source.gate.clear()
+    noted = tuple(FileVersion(name, len(content), etag="1") for name, content in files.items())
+    held = [SourceVersion(source.source, f"x{index}", f"x{index}", noted) for index in range(5)]
+
+    async def use(version: SourceVersion) -> None:
+        async with tier.files(version, confirms=version.source == source.source):
+            pass
+
+    waiting = [asyncio.create_task(use(version)) for version in held]
+    while not source.at_once:
+        await asyncio.sleep(0)
+    quick = await tier.names[1].resolve("quick")
+    await asyncio.wait_for(use(quick), 10)
+    assert source.most_at_once == 1
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await tier.close()
+
+
+async def test_files_are_hashed_and_read_in_threads_that_requests_do_not_need(open_store, source, files):
+    source.put("chat", files | {"chat_template.jinja": b"hello"})
+    store, block = open_store(), threading.Event()
+    version, tier = await store.resolve("chat"), store.catalog.remote
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    stalled = loop.run_in_executor(None, block.wait)
+    try:
+        async with asyncio.timeout(10), tier.files(version):
+            assert (await tier.chat_template(version)).source == "hello"
+    finally:
+        block.set()
+        await stalled
+
+
+async def test_a_fetch_over_the_quota_alone_is_refused_before_it_begins(open_store, source, files):
+    store = open_store(quota_bytes=100)
+    with pytest.raises(AdapterTooLarge, match="quota of this server for fetched files is 100"):
+        await ensured(store)
+    assert source.calls["fetch"] == 0
+
+
 async def test_a_fetch_is_given_up_when_the_last_has_left(store, source):
     version = await store.resolve("fr")
     source.gate.clear()
@@ -442,7 +491,9 @@ async def test_a_fetch_is_given_up_when_the_last_has_left(store, source):
     await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.sleep(0.01)
     assert source.at_once == 0 and not store.catalog.remote.is_fetching(version.key)
-    assert list(store.catalog.remote.raw._dir.glob(".*")) == []
+    async with asyncio.timeout(5):
+        while list(store.catalog.remote.raw._dir.glob(".*")):  # a thread deletes them
+            await asyncio.sleep(0.01)
     source.gate.set()
     assert (await store.ensure(version)).name == "fr"
 
@@ -479,6 +530,26 @@ async def test_a_template_does_not_wait_for_the_weights(store, source, files):
     assert {template.source for template in found} == {"hello"}
     assert source.calls["half"] == 1  # one file
     assert (await store.ensure(version)).name == "chat"
+
+
+async def test_a_template_waits_for_its_turn_a_bounded_time_and_an_adapter_does_not(open_store, source, files):
+    store = open_store(NamePolicy(turn_s=0.05), max_fetches=1)
+    await store.start()
+    for name in ("chat", "other"):
+        source.put(name, files | {"chat_template.jinja": name.encode()})
+    chat, other, fr = [await store.resolve(name) for name in ("chat", "other", "fr")]
+    source.gate.clear()
+    held = asyncio.create_task(store.catalog.remote.chat_template(other))
+    while not source.at_once:
+        await asyncio.sleep(0)
+    adapter = asyncio.create_task(store.ensure(fr))
+    with pytest.raises(AdapterUnavailable, match="too many fetches from fake://bucket/team are under way"):
+        await asyncio.wait_for(store.catalog.chat_template(chat), 5)
+    assert not adapter.done()
+    source.gate.set()
+    assert (await held).source == "other"
+    assert (await adapter).name == "fr"
+    assert (await store.catalog.chat_template(chat)).source == "chat"
 
 
 async def test_no_template_fetches_nothing(store, source):

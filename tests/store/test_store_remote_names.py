@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import stat
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from adapters_store.catalog import Catalog
-from adapters_store.errors import AdapterDenied, AdapterNotFound, AdapterUnavailable
-from adapters_store.remote_names import NamePolicy, RemoteNames
+from adapters_store.errors import AdapterDenied, AdapterError, AdapterNotFound, AdapterUnavailable
+from adapters_store.remote_names import MAX_QUESTIONS, NamePolicy, RemoteNames
 from adapters_store.remote_tier import RemoteTier
 from adapters_store.sources.local import LocalSource
 from tests.store.fake_source import FakeSource
@@ -220,6 +224,49 @@ async def test_a_source_that_does_not_answer_holds_up_a_known_name_once(source, 
     assert number(await names.resolve("fr")) == "2"
 
 
+@pytest.mark.parametrize("error", [AdapterUnavailable("no answer"), AdapterDenied("gated")])
+async def test_names_that_fail_again_and_again_keep_no_other_from_being_asked_for(source, open_names, clock, error):
+    """A client that names what is not for this server's key does not freeze what others use."""
+    names, resolve, asked = open_names(), source.resolve, Counter()
+    await names.resolve("fr")
+
+    async def gated(name: str):
+        asked[name] += 1
+        if name != "fr":
+            raise error
+        return await resolve(name)
+
+    source.resolve = gated
+    source.put("fr", TWO)
+    clock.now += 20
+    found = []
+    for turn in range(5):
+        clock.now += 4
+        with contextlib.suppress(AdapterError):
+            await names.resolve(f"gated{turn}")
+        found.append(number(await names.resolve("fr")))
+        await settled(names)
+    if isinstance(error, AdapterDenied):
+        assert found == ["2"] * 5 and names.stale_uses == 0
+    else:  # a source that may be down is asked for it now and then
+        assert found[-1] == "2"
+
+
+async def test_a_question_waits_for_its_turn_a_bounded_time(source, open_names):
+    names = open_names(turn_s=0.05)
+    source.gate.clear()
+    asking = [asyncio.create_task(names.resolve(f"x{index}")) for index in range(MAX_QUESTIONS)]
+    while source.calls["resolve"] < MAX_QUESTIONS:
+        await asyncio.sleep(0)
+    for _ in range(2):  # and it is not the name's fault: nothing is remembered of it
+        with pytest.raises(AdapterUnavailable, match="too many questions wait for fake://bucket/team; try again"):
+            await asyncio.wait_for(names.resolve("fr"), 5)
+    assert not names._is_down
+    source.gate.set()
+    assert await asyncio.gather(*asking) == [None] * MAX_QUESTIONS
+    assert number(await names.resolve("fr")) == "1"
+
+
 async def test_an_answer_to_an_earlier_question_does_not_undo_a_later_one(source, open_names, clock):
     names = open_names()
     answers: list[asyncio.Future[object]] = []
@@ -301,6 +348,40 @@ async def test_notes_that_can_not_be_read_are_dropped(source, open_names, conten
     assert list(names._folder.iterdir()) == []
 
 
+async def test_notes_are_for_this_user_alone(source, tmp_path):
+    before = os.umask(0o022)
+    try:
+        names = RemoteNames(source, tmp_path / "cache" / "names")
+    finally:
+        os.umask(before)
+    assert await names.resolve("fr") is not None
+    folders = [path for path in (tmp_path / "cache", *(tmp_path / "cache").rglob("*")) if path.is_dir()]
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o700] * 3
+    await names.close()
+
+
+async def test_the_same_url_at_another_endpoint_is_another_source(source, open_names):
+    await open_names().resolve("fr")
+    source.go_down()
+    assert number(await open_names().resolve("fr")) == "1"
+    source.endpoint = "https://another.example"
+    with pytest.raises(AdapterUnavailable):
+        await open_names().resolve("fr")
+
+
+async def test_names_that_are_remembered_are_bounded(source, open_names, monkeypatch):
+    monkeypatch.setattr("adapters_store.remote_names.MAX_KNOWN", 3)
+    names = open_names()
+    for name in ("a", "b", "c"):
+        source.put(name, ONE)
+        await names.resolve(name)
+    await names.resolve("a")  # in use
+    await names.resolve("fr")
+    assert set(names._known) == {"a", "c", "fr"} and len(list(names._folder.iterdir())) == 3
+    monkeypatch.setattr("adapters_store.remote_names.MAX_KNOWN", 2)
+    assert len(open_names()._known) == len(list(names._folder.iterdir())) == 2
+
+
 # --- listings -------------------------------------------------------------------------------------------
 
 
@@ -319,14 +400,38 @@ async def test_a_listing_is_remembered_and_outlives_its_source(source, open_name
 
 
 async def test_a_source_that_can_not_list_has_the_names_that_were_asked_for(source, open_names):
-    async def nothing() -> list[str]:
-        return []
+    async def nothing() -> None:
+        return None
 
     source.names = nothing
     names = open_names()
     await names.resolve("fr")
     await names.resolve("missing")
     assert await names.names() == ["fr"]
+
+
+async def test_a_source_that_lists_nothing_has_nothing(source, open_names):
+    names = open_names()
+    await names.resolve("fr")
+    source.delete("fr")
+    assert await names.names() == []
+
+
+async def test_a_listing_that_fails_is_no_outage(source, open_names, clock, caplog):
+    def fault(call: str) -> None:
+        if call == "names":
+            raise AdapterUnavailable("a key there has an empty part")
+
+    source.fault = fault
+    names = open_names()
+    await names.resolve("fr")
+    source.put("fr", TWO)
+    for _ in range(3):
+        clock.now += 10
+        assert await names.names() == ["fr"]
+    assert number(await names.resolve("fr")) == "2" and names.stale_uses == 0
+    said = [record.message for record in caplog.records if "fake://bucket/team" in record.message]
+    assert said == ["fake://bucket/team can't be listed: a key there has an empty part"]
 
 
 # --- several sources ------------------------------------------------------------------------------------
@@ -366,6 +471,22 @@ async def test_a_name_never_quietly_moves_to_a_later_source(two, clock):
     second.put("c", ONE)
     with pytest.raises(AdapterUnavailable):  # the first may have it
         await tier.resolve("c")
+
+
+async def test_listings_are_asked_for_at_once(tmp_path):
+    sources = [FakeSource("fake://first"), FakeSource("fake://second")]
+    tier = RemoteTier(sources, tmp_path, policy=NamePolicy(patience_s=60.0))
+    for source in sources:
+        source.gate.clear()
+        source.put(source.source[-1], ONE)
+    listing = asyncio.create_task(Catalog([], [], remote=tier).list())
+    for _ in range(100):
+        await asyncio.sleep(0.001)
+    assert [source.calls["names"] for source in sources] == [1, 1]
+    for source in sources:
+        source.gate.set()
+    assert [item.name for item in await listing] == ["d", "t"]
+    await tier.close()
 
 
 async def test_the_catalog_puts_folders_first_and_lists_all(two, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from adapters_store.remote_tier import RemoteTier
 from adapters_store.sources.remote import RemoteOptions, open_source
 from adapters_store.store import AdapterStore
 from tests.store.bases import peft_model
+from tests.store.fault_proxy import FaultProxy, fault_proxy
 from tests.store.images import Image, worst_error
 from tests.store.s3_server import S3Server, s3_server
 from tests.store.test_source_objects import use
@@ -31,8 +32,14 @@ def server(tmp_path) -> Iterator[S3Server]:
         yield running
 
 
-async def test_an_adapter_from_a_bucket(server, base, plain_adapter, tmp_path, monkeypatch):
-    use(monkeypatch, server.url)
+@pytest.fixture
+async def proxy(server, monkeypatch) -> AsyncIterator[FaultProxy]:
+    async with fault_proxy(server.port) as running:
+        use(monkeypatch, running.url)
+        yield running
+
+
+async def test_an_adapter_from_a_bucket(server, proxy, base, plain_adapter, tmp_path):
     files = {path.name: path.read_bytes() for path in plain_adapter.iterdir() if path.suffix != ".md"}
     files |= {"chat_template.jinja": b"hello", "optimizer.pt": b"never fetched"}
     bucket, clock = server.store("adapters"), Clock()
@@ -69,14 +76,14 @@ async def test_an_adapter_from_a_bucket(server, base, plain_adapter, tmp_path, m
     assert newer.checksum != ref.checksum and store.lookup(ref.version) == ref
     await store.close()
 
-    with monkeypatch.context() as patch:  # nothing listens there
-        use(patch, "http://127.0.0.1:9")
-        offline = open_store()
-        assert await ensured(offline) == newer
-        assert (offline.compiles, offline.tier().raw.fetches, offline.tier().raw.stale_uses) == (0, 0, 1)
-        with pytest.raises(AdapterUnavailable):
-            await offline.resolve("org/never-seen")
-        await offline.close()
+    proxy.always.append(("", "reset"))
+    offline = open_store()
+    assert await ensured(offline) == newer
+    assert (offline.compiles, offline.tier().raw.fetches, offline.tier().raw.stale_uses) == (0, 0, 1)
+    with pytest.raises(AdapterUnavailable):
+        await offline.resolve("org/never-seen")
+    await offline.close()
+    proxy.always.clear()
 
     again = open_store()
     for name in files:

@@ -12,7 +12,6 @@ inline __mmask32 first32(int64_t count) {
 // Sums of the 16 lanes of eight vectors, in the lower eight lanes; each sum in the same order.
 inline __m512 sum_lanes(const __m512 acc[8]) {
     __m512 quads[2];
-#pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
         const __m512* a = acc + 4 * half;
         const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
@@ -26,28 +25,21 @@ inline __m512 sum_lanes(const __m512 acc[8]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(pairs, pairs, 0x08), _mm512_shuffle_f32x4(pairs, pairs, 0x0D));
 }
 
-// ROWS rows against RANKS ranks: one accumulator each, whose lanes run over K. All loops over them are unrolled: else
-// the accumulators live in memory and are written there at every step.
+// ROWS rows against RANKS ranks: one accumulator each, whose lanes run over K.
 template <int ROWS, int RANKS, bool PREFETCH>
 inline void shrink_registers(
     const bf16* a, int64_t count, int64_t K, const bf16* x, int64_t x_stride, bf16* v, int64_t v_step, Ahead ahead) {
     const bf16* rank[RANKS];  // ranks that there are not repeat the last one, and are not stored
-#pragma GCC unroll 8
     for (int j = 0; j < RANKS; ++j) rank[j] = a + std::min<int64_t>(j, count - 1) * K;
     __m512 acc[ROWS][RANKS];
-#pragma GCC unroll 3
     for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 8
         for (int j = 0; j < RANKS; ++j) acc[i][j] = _mm512_setzero_ps();
     const auto step = [&](int64_t k, __mmask32 mask) {
         __m512bh columns[ROWS];
-#pragma GCC unroll 3
         for (int i = 0; i < ROWS; ++i) columns[i] = as_bf16(_mm512_maskz_loadu_epi16(mask, x + i * x_stride + k));
-#pragma GCC unroll 8
         for (int j = 0; j < RANKS; ++j) {
             if (PREFETCH) __builtin_prefetch(ahead.next + 2 * RANKS * k + 64 * j, 0, 2);
             const __m512bh weights = as_bf16(_mm512_maskz_loadu_epi16(mask, rank[j] + k));
-#pragma GCC unroll 3
             for (int i = 0; i < ROWS; ++i) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], weights, columns[i]);
         }
     };
@@ -55,10 +47,8 @@ inline void shrink_registers(
     for (; k + 32 <= K; k += 32) step(k, ~__mmask32{0});
     if (k < K) step(k, first32(K - k));
     const __mmask16 stored = static_cast<__mmask16>(first32(count));
-#pragma GCC unroll 3
     for (int i = 0; i < ROWS; ++i) {
         __m512 eight[8];
-#pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) eight[j] = j < RANKS ? acc[i][std::min(j, RANKS - 1)] : _mm512_setzero_ps();
         store_bf16(v + i * v_step, sum_lanes(eight), stored);
     }
@@ -145,9 +135,7 @@ inline void spread(const bf16* v, __m512bh pairs[4]) {
 
 template <int QUARTERS>
 inline void multiply(const bf16* arranged, const __m512bh pairs[4], __m512 acc[QUARTERS]) {
-#pragma GCC unroll 4
     for (int group = 0; group < QUARTERS; ++group)
-#pragma GCC unroll 4
         for (int p = 0; p < 4; ++p) {
             const __m512bh columns = as_bf16(_mm512_load_si512(arranged + 32 * (4 * group + p)));
             acc[group] = _mm512_dpbf16_ps(acc[group], columns, pairs[p]);

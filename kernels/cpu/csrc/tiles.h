@@ -104,33 +104,25 @@ inline bool is_finite_row(const bf16* row, int64_t width) {
     return bad == 0;
 }
 
-// c[R, P panels] = a[R, depth] b: one register per row and panel, summed pair by pair in order. Unrolled: sums that are
-// indexed by a variable anywhere live in memory and are written there at every step.
+// c[R, P panels] = a[R, depth] b: one register per row and panel, summed pair by pair in order.
 template <int R, int P>
 inline void product_block(const bf16* a, int64_t a_stride, const bf16* b, int64_t panel_stride, int64_t pairs, float* c,
                           int64_t c_stride) {
     __m512 sums[R][P];
-#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
         for (int p = 0; p < P; ++p) sums[r][p] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < pairs; ++pair) {
         __m512bh columns[P];
-#pragma GCC unroll 8
         for (int p = 0; p < P; ++p)
             columns[p] = reinterpret_cast<__m512bh>(_mm512_load_si512(b + p * panel_stride + pair * 32));
-#pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             int32_t two;
             std::memcpy(&two, a + r * a_stride + 2 * pair, 4);
             const __m512bh row = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
-#pragma GCC unroll 8
             for (int p = 0; p < P; ++p) sums[r][p] = _mm512_dpbf16_ps(sums[r][p], row, columns[p]);
         }
     }
-#pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
         for (int p = 0; p < P; ++p) _mm512_storeu_ps(c + r * c_stride + p * kPanel, sums[r][p]);
 }
 
