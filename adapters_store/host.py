@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
+from adapters_store.image import checksum_of
 from adapters_store.ref import AdapterRef
 
 Buffer = Any
@@ -32,7 +32,7 @@ def read_image(ref: AdapterRef, into: Buffer) -> None:
         _read(ref, view)
     except OSError as error:
         raise AdapterUnavailable(f"the image of adapter {ref.name} can't be read: {error.strerror}") from error
-    if hashlib.sha256(view).hexdigest() != ref.checksum:
+    if checksum_of(view) != ref.checksum:
         raise AdapterCorrupt(f"the image of adapter {ref.name} is damaged on disk: its checksum differs")
 
 

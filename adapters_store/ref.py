@@ -57,7 +57,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
     data_bytes: int
     """bytes of the data section: what the host and the device hold"""
     checksum: str
-    """sha256 of the data section"""
+    """of the image's data section"""
     max_rank: int
     sites: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

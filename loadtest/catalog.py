@@ -9,7 +9,8 @@ with the same flags, in turns and every other round backwards:
     catalog   32 registered adapters and all of them, asked for by S-LoRA's power law
     mixes     base only, one adapter with 90 % of the traffic, 90 % base with 10 % over 32 adapters
 
-All scenarios of a round have the same arrival times and prompts. The first requests of each server are not counted.
+All scenarios of a round have the same arrival times and prompts. Not counted are each server's first requests: one for
+every adapter that it has, so that the device is as full as it will stay, then some of the scenario's own kind.
 Hit rates are of the counted requests: who found the adapter in device memory, in host memory, on disk.
 """
 
@@ -186,18 +187,22 @@ def _prepare(options: argparse.Namespace, folder: Path, console: Console) -> Ben
     paths = [(first if index < few else rest) / name for index, name in enumerate(names)]
     _write(manifest, [path for path in paths if not (path / "adapter_model.safetensors").exists()], console)
     bench = Bench(model, folder, names, first, rest, options)
-    once = WorkloadSpec(
-        num_requests=many,
+    console.print(f"compiling {many} adapters")
+    with bench.server(many) as server:
+        bench.ask(server, _once_each(options, many), names, console)
+    return bench
+
+
+def _once_each(options: argparse.Namespace, num_adapters: int) -> WorkloadSpec:
+    """A short request to each adapter."""
+    return WorkloadSpec(
+        num_requests=num_adapters,
         arrivals=f"closed:{_COMPILE_CLIENTS}",
         popularity="distinct",
         prompt_tokens="4",
         output_tokens="1",
         highest_id=options.highest_id,
     )
-    console.print(f"compiling {many} adapters")
-    with bench.server(many) as server:
-        bench.ask(server, once, names, console)
-    return bench
 
 
 def _write(manifest: BaseManifest, paths: Sequence[Path], console: Console) -> None:
@@ -262,6 +267,7 @@ def run_scenario(bench: Bench, scenario: Scenario, rate: float, turn: int, conso
         output_tokens=str(_WARMUP_TOKENS),
     )
     with bench.server(scenario.registered) as server:
+        bench.ask(server, _once_each(bench.options, len(names)), names, console)
         if warmup.num_requests:
             bench.ask(server, warmup, names, console)
         before = read_counters(server.url)

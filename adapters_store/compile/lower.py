@@ -25,7 +25,7 @@ from adapters_store.sources.folder import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from adapters_store.tensorfile import TensorFile, shown
 from adapters_store.vocabulary import check_vocabulary
 
-COMPILER_VERSION = 1
+COMPILER_VERSION = 2
 """Raised when the same files give another image."""
 
 MAX_PROBLEMS = 100

@@ -6,6 +6,7 @@ import ctypes
 import queue
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from adapters_store.host import HostCache, read_image
 from adapters_store.image import TENSOR_ALIGNMENT, ImageHeader, ImageSite, read_header
 from adapters_store.manifest import BaseManifest
 from adapters_store.ref import AdapterRef
+from kernels.memory import lazy_zeros
 from kernels.types import A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, TABLE_COLUMNS, SlotWeights
 from server.adapters.regions import ALIGNMENT
 from server.errors import ConfigError
+
+MAX_LAYOUTS = 4096  # site tables remembered, some 8 KB each: reading one costs a load a millisecond of Python
 
 Rows = npt.NDArray[np.int64]
 """Table rows [site rows, 5]: A offset, B offset, bias offset, rank, stride (kernels/types.py)"""
@@ -85,6 +89,7 @@ class AdapterArena:
             table=torch.from_numpy(np.tile(_absent(len(manifest.sites)), (max_slots, 1, 1))),
         )
         self._layouts: dict[int, _Layout] = {}  # by slot
+        self._known: OrderedDict[AdapterRef, _Layout] = OrderedDict()  # the loader thread's, of images read before
         self._phases: dict[str, dict[str, float]] = {}  # by image key
         self._loader = LoaderThread("adapter-loader")
 
@@ -96,6 +101,16 @@ class AdapterArena:
         """
         asked = self._clock()
         return self._loader.submit(lambda: self._load(ref, slot, offset_bytes, asked))
+
+    def warm(self, ref: AdapterRef) -> Future[None]:
+        """Bring the image to the host tier, which there must be, on the loader thread; errors as in `load`."""
+        host = self._host
+        assert host is not None, "there is no host tier"
+
+        def read() -> None:
+            host.get(ref)
+
+        return self._loader.submit(read)
 
     def commit(self, ref: AdapterRef, slot: int, offset_bytes: int) -> None:
         self._write_rows(slot, self._layouts[slot].at(offset_bytes // self._item_bytes))
@@ -157,6 +172,13 @@ class AdapterArena:
 
     def _layout_of(self, ref: AdapterRef) -> _Layout:
         """The image's site table as table rows, every tensor checked to lie inside the image."""
+        layout = self._known.pop(ref, None) or self._read_layout(ref)
+        self._known[ref] = layout
+        if len(self._known) > MAX_LAYOUTS:
+            self._known.popitem(last=False)
+        return layout
+
+    def _read_layout(self, ref: AdapterRef) -> _Layout:
         try:
             header = read_header(Path(ref.image_path))
         except OSError as error:
@@ -258,6 +280,6 @@ def _absent(num_rows: int) -> Rows:
 
 def _aligned_zeros(nbytes: int) -> npt.NDArray[np.uint8]:
     """Zeroed bytes at an address that is a multiple of ALIGNMENT; pages come as they are touched."""
-    memory = np.zeros(nbytes // ALIGNMENT * ALIGNMENT + ALIGNMENT, dtype=np.uint8)
+    memory: npt.NDArray[np.uint8] = lazy_zeros(nbytes // ALIGNMENT * ALIGNMENT + ALIGNMENT).numpy()
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + nbytes // ALIGNMENT * ALIGNMENT]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import threading
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
 from adapters_store.host import HostCache, allocate_pageable, read_image
+from adapters_store.image import checksum_of
 from adapters_store.ref import AdapterRef
 
 OFFSET = 4096
@@ -33,7 +33,7 @@ def image(path: Path, key: str, num_bytes: int = 1000) -> AdapterRef:
         image_path=str(file),
         data_offset=OFFSET,
         data_bytes=num_bytes,
-        checksum=hashlib.sha256(data).hexdigest(),
+        checksum=checksum_of(data),
         max_rank=8,
     )
 
