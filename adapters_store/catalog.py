@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from adapters_store.chat_template import AdapterTemplate, read_chat_template
@@ -54,7 +54,7 @@ class Catalog:
 
     Names given by hand (`named`) go before all sources, also while their folder is missing: a name that
     was given one adapter never quietly becomes another. Removed names are not served until given again.
-    Folders of this machine go before remote sources.
+    `sources` go before those of `remote`, which has the folders that come after a remote source too.
     """
 
     def __init__(
@@ -92,11 +92,18 @@ class Catalog:
                 version = await asyncio.to_thread(source.resolve, name)
                 if version is not None:
                     return version
-            if self.remote is not None and name not in self.named:
+            if self.remote is not None and name not in self.named:  # names given there are the tier's to know
                 version = await self.remote.resolve(name)
                 if version is not None:
                     return version
         raise AdapterNotFound(f"The model {shown(name)} does not exist.")
+
+    def covers(self, version: SourceVersion) -> bool:
+        """Whether the version is of one of the sources that are configured now."""
+        behind = self.remote.names if self.remote is not None else ()
+        folders = (*self._sources, *(names.remote for names in behind))
+        is_local = any(source.source == version.source for source in folders)
+        return is_local or (self.remote is not None and self.remote.covers(version))
 
     async def chat_template(self, version: SourceVersion) -> AdapterTemplate | None:
         """The chat template in the adapter's own folder; None when the base's is its template.
@@ -122,16 +129,70 @@ class Catalog:
             self._template_chars -= len(oldest.source) if oldest else 0
 
     def assign(self, version: SourceVersion) -> None:
-        """Serve `version.path` under `version.name` from now on. Running requests keep what they resolved."""
-        self.named.assign(version)
+        """Serve `version.path` under `version.name` from now on. Running requests keep what they resolved.
+
+        A version of a remote source is one that `look_at` found.
+        """
+        self._take_back(version.name)
+        if self.remote is not None and self.remote.covers(version):
+            self.remote.assign(version)
+        else:
+            self.named.assign(version)
         self._removed.discard(version.name)
         self._listed_at = -float("inf")
 
     def remove(self, name: str) -> None:
         """Serve `name` no longer, wherever it comes from, until it is assigned again."""
-        self.named.remove(name)
+        self._take_back(name)
         self._removed.add(name)
         self._listed_at = -float("inf")
+
+    def release(self, name: str) -> None:
+        """End what `assign` or `remove` said of a name: it is what the sources have under it."""
+        self._take_back(name)
+        self._removed.discard(name)
+        self._listed_at = -float("inf")
+
+    def is_given(self, name: str) -> bool:
+        """Whether the name was given by hand: it is then what it was given, or nothing."""
+        return name in self.named or self._is_alias(name)
+
+    async def reload(self, name: str, bring: Callable[[SourceVersion], Awaitable[object]]) -> None:
+        """Ask for `name` anew, whatever is remembered of it, and `bring` what it points to.
+
+        A remote adapter's name points to the new version when that is done. Raises AdapterError, also of `bring`.
+        """
+        version = None
+        try:
+            version = await self.resolve(name)
+        except AdapterNotFound:
+            if self.remote is None or not is_adapter_name(name) or name in self._base_names or name in self._removed:
+                raise
+        if self.remote is None or (version is not None and not self.remote.covers(version)):
+            assert version is not None
+            await bring(version)
+        elif name not in self.named:
+            await self.remote.reload(name, bring)
+
+    async def look_at(self, name: str, url: str) -> SourceVersion:
+        """What `name` would point to as the adapter at `url`, below a remote source. Nothing is changed.
+
+        Raises ValueError when it is below none, AdapterNotFound, AdapterError when the source can't be asked.
+        """
+        if self.remote is None:
+            raise ValueError("this server has no remote --adapter-source")
+        version = await self.remote.look_at(name, url)
+        if version is None:
+            raise AdapterNotFound(f"No adapter found at {shown(url)}.")
+        return version
+
+    def _take_back(self, name: str) -> None:
+        self.named.remove(name)
+        if self.remote is not None:
+            self.remote.aliases.pop(name, None)
+
+    def _is_alias(self, name: str) -> bool:
+        return self.remote is not None and name in self.remote.aliases
 
     async def list(self) -> Listings:
         """All adapters, by name. At most `list_age_s` old: a listing walks folders."""
@@ -146,6 +207,8 @@ class Catalog:
         await asyncio.to_thread(self._walk_folders, walk)
         remotes = self.remote.names if self.remote is not None else ()
         listed = await asyncio.gather(*(remote.names() for remote in remotes))  # one that is down takes its patience
+        for name, alias in self.remote.aliases.items() if self.remote is not None else ():
+            walk.found[name] = alias.version_of(name)
         for remote, names in zip(remotes, listed, strict=True):
             self._add(walk, remote.remote, names, remote.version_of)
         found = walk.found
@@ -164,7 +227,7 @@ class Catalog:
     ) -> None:
         found, label = walk.found, source.source
         for name in names:
-            if name in self._removed or (name in self.named and source is not self.named):
+            if name in self._removed or (self.is_given(name) and source is not self.named):
                 continue
             if name in self._base_names:
                 walk.warnings.append(f"{label} has an adapter named {name!r}, the base's name: never served")
@@ -177,4 +240,6 @@ class Catalog:
         )
 
     def _sources_of(self, name: str) -> Sequence[Source]:
+        if self._is_alias(name):
+            return ()
         return (self.named,) if name in self.named else self._sources

@@ -21,11 +21,20 @@ import msgspec
 from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
 from adapters_store.image import read_header
 from adapters_store.lru import STALE_TEMPORARY_S, LeasedLru, Resident, lock_folder
-from adapters_store.ref import AdapterRef
+from adapters_store.ref import AdapterRef, SourceVersion
+from adapters_store.versions import VersionBook
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+
+
+class IndexEntry(msgspec.Struct, frozen=True):
+    """What one file of the index says."""
+
+    ref: AdapterRef
+    version: SourceVersion | None = None
+    """whose key `ref.version` is, with the name it is a version of; None: it can't be asked for by name"""
 
 
 class _Resident(Resident):
@@ -63,6 +72,7 @@ class DiskImages:
         )
         self._residents = self._lru.residents
         self._refs: dict[str, AdapterRef] = {}
+        self._versions = VersionBook()
         self._sweep_temporaries()
         self._load_images()
         self._load_index()
@@ -110,14 +120,18 @@ class DiskImages:
         """What `find` would look for, without looking and without counting as a use."""
         return self._refs.get(version_key)
 
-    def adopt(self, ref: AdapterRef) -> None:
+    def versions_of(self, name: str) -> list[tuple[str, SourceVersion]]:
+        """The SourceVersions of `name` whose images the index has, with their keys, the latest first."""
+        return self._versions.of(name)
+
+    def adopt(self, ref: AdapterRef, version: SourceVersion | None = None) -> None:
         """Take in a freshly compiled image, remember which SourceVersion it is of, make room for it."""
         num_bytes = self.image_path(ref.image_key).stat().st_size
         known = self._residents.get(ref.image_key, _Resident(0, 0.0))
         adopted = _Resident(num_bytes, known.used_at, known.versions | {ref.version}, is_checked=True)
         self._lru.put(ref.image_key, adopted)
-        self._refs[ref.version] = ref
-        self._write_entry(ref)
+        self._remember(IndexEntry(ref, version))
+        self._write_entry(IndexEntry(ref, version))
         self._lru.touch(ref.image_key)
         self._lru.evict()
 
@@ -135,6 +149,7 @@ class DiskImages:
         resident = self._lru.pop(image_key)
         for version in resident.versions if resident else ():
             self._refs.pop(version, None)
+            self._versions.discard(version)
             with contextlib.suppress(FileNotFoundError):
                 self._entry_path(version).unlink()
         with contextlib.suppress(FileNotFoundError):
@@ -162,10 +177,10 @@ class DiskImages:
                 self._lru.put(path.name.removesuffix(SUFFIX), _Resident(status.st_size, status.st_mtime))
 
     def _load_index(self) -> None:
-        for path in self._index_dir.glob("*.json"):
+        for path in sorted(self._index_dir.glob("*.json"), key=_written_at):
             try:
-                ref = msgspec.json.decode(path.read_bytes(), type=AdapterRef)
-                resident = self._residents[ref.image_key]
+                entry = msgspec.json.decode(path.read_bytes(), type=IndexEntry)
+                ref, resident = entry.ref, self._residents[entry.ref.image_key]
             except (OSError, msgspec.MsgspecError, KeyError) as error:
                 log.warning("index entry %s dropped: %r", path.name, error)
                 path.unlink(missing_ok=True)
@@ -173,7 +188,13 @@ class DiskImages:
             # the folder may have been moved
             ref = msgspec.structs.replace(ref, image_path=str(self.image_path(ref.image_key)))
             resident.versions.add(ref.version)
-            self._refs[ref.version] = ref
+            self._remember(IndexEntry(ref, entry.version))
+
+    def _remember(self, entry: IndexEntry) -> None:
+        ref, version = entry.ref, entry.version
+        self._refs[ref.version] = ref
+        if version is not None and (version.key, version.name) == (ref.version, ref.name):
+            self._versions.add(version)
 
     def _is_whole(self, ref: AdapterRef) -> bool:
         """Whether the image is there with the size and (looked at once) the header it was compiled with."""
@@ -192,12 +213,19 @@ class DiskImages:
     def _entry_path(self, version_key: str) -> Path:
         return self._index_dir / f"{version_key}.json"
 
-    def _write_entry(self, ref: AdapterRef) -> None:
-        path = self._entry_path(ref.version)
+    def _write_entry(self, entry: IndexEntry) -> None:
+        path = self._entry_path(entry.ref.version)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            temporary.write_bytes(msgspec.json.encode(ref))
+            temporary.write_bytes(msgspec.json.encode(entry))
             temporary.rename(path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

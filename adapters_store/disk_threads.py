@@ -1,11 +1,16 @@
 """Threads for the raw tier's work on the disk: writing, hashing and deleting whole adapters.
 
 Apart from the event loop's own, which requests need: a disk that stalls here holds up remote adapters alone.
+They give way to the engine's steps and the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
@@ -13,7 +18,19 @@ from typing import TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-RAW_THREADS = ThreadPoolExecutor(8, thread_name_prefix="raw")
+NICENESS = 15
+"""not the most: the event loop waits for the interpreter's lock while a thread that has it is kept from a processor"""
+
+
+def give_way(niceness: int = NICENESS) -> None:
+    """Lower the calling thread's priority, and that of threads that it starts. Where threads have none: nothing."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+RAW_THREADS = ThreadPoolExecutor(8, thread_name_prefix="raw", initializer=give_way)
 """One for all sources and the tier: the bound is the process's. Threads start when they are needed."""
 
 

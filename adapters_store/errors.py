@@ -2,6 +2,8 @@
 
 AdapterError                        500 adapter_error
 ├── AdapterNotFound                 404 model_not_found       no such name under any source
+│   └── VersionNotFound             404 model_not_found       the name is there, that version of it is not at hand
+├── VersionAmbiguous                400 ambiguous_version     several versions of a name begin with what was asked for
 ├── AdapterInvalid                  422 adapter_invalid       the files are wrong, with the file or tensor named
 │   ├── AdapterCorrupt              422 adapter_corrupt       truncated, not safetensors, checksum differs
 │   ├── AdapterMismatch             422 adapter_mismatch      made for another base: shape, site, vocabulary
@@ -31,6 +33,17 @@ class AdapterNotFound(AdapterError):
 
     http_status = 404
     code = "model_not_found"
+
+
+class VersionNotFound(AdapterNotFound):
+    """A version of a name was asked for that is not at hand (any more); the message lists those that are."""
+
+
+class VersionAmbiguous(AdapterError):
+    """What was asked for is the beginning of several versions of a name."""
+
+    http_status = 400
+    code = "ambiguous_version"
 
 
 class AdapterInvalid(AdapterError):
@@ -94,6 +107,7 @@ _BY_CODE: dict[str, type[AdapterError]] = {
     error.code: error
     for error in (
         AdapterNotFound,
+        VersionAmbiguous,
         AdapterInvalid,
         AdapterCorrupt,
         AdapterMismatch,

@@ -4,20 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
+from adapters_store.compile.job import ATTEMPTS, BACKOFF_S, read_files_of
 from adapters_store.compile.lower import CompiledAdapter, examine_adapter
 from adapters_store.compile.parse import LoraOptions
 from adapters_store.errors import AdapterError, AdapterNotFound, AdapterTooLarge, AdapterUnavailable
 from adapters_store.image import image_data_bytes
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest
-from adapters_store.ref import FileVersion, digest_of
+from adapters_store.ref import FileVersion, SourceVersion, digest_of
 from adapters_store.sources.folder import PICKLE_FILE, READ_FILES, FileChanged, note_files, read_file
 
 ANYWHERE = Path("/")
+
+
+class InspectJob(msgspec.Struct, frozen=True, tag=True):
+    """What the compiler process is asked to report on: files below a source, or as fetched in `folder`."""
+
+    version: SourceVersion
+    limits: Limits
+    folder: str | None = None
+
+
+class InspectResult(msgspec.Struct, frozen=True, tag=True):
+    """An AdapterReport as it crosses the process boundary; fields that are not described here are the report's."""
+
+    base: str
+    family: str
+    digest: str
+    file_bytes: int
+    image_bytes: int
+    ranks: dict[int, int]
+    targets: dict[str, int]
+    options: dict[str, str]
+    problems: list[tuple[str, str]]
+    """(code, message) of each error that refuses it"""
+    warnings: list[str]
+    dropped: list[str]
 
 
 @dataclass(slots=True)
@@ -96,6 +125,45 @@ def inspect_adapter(path: Path, manifest: BaseManifest, limits: Limits | None = 
     compiled = examine_adapter(files, manifest, limits)
     _fill(report, compiled, manifest)
     return report
+
+
+def run_inspection(job: InspectJob, manifest: BaseManifest) -> InspectResult:
+    """Examine the files of `job.version`, read as a compile reads them. Nothing is written.
+
+    AdapterUnavailable when they keep changing, AdapterNotFound when they are gone, RawDamaged as in RawFolder.
+    """
+    report = AdapterReport(job.version.name, manifest.name_or_path)
+    report.file_bytes = sum(file.size for file in job.version.files if file.name in READ_FILES)
+    for attempt in range(ATTEMPTS):
+        try:
+            read = read_files_of(job.version, job.limits, job.folder)
+        except FileChanged:
+            time.sleep(BACKOFF_S * 2**attempt)
+            continue
+        except AdapterTooLarge as error:
+            report.problems.append(error)
+            return _result(report)
+        report.file_bytes = sum(len(content) for content in read.files.values())
+        report.digest = read.digest
+        _fill(report, examine_adapter(read.files, manifest, job.limits), manifest)
+        return _result(report)
+    raise AdapterUnavailable(f"the files of adapter {job.version.name} keep changing while they are read; try again")
+
+
+def _result(report: AdapterReport) -> InspectResult:
+    return InspectResult(
+        base=Path(report.base).name,  # where the base is on this machine is nobody's business
+        family=report.family,
+        digest=report.digest,
+        file_bytes=report.file_bytes,
+        image_bytes=report.image_bytes,
+        ranks=report.ranks,
+        targets=report.targets,
+        options=report.options,
+        problems=[(error.code, error.message) for error in report.problems],
+        warnings=report.warnings,
+        dropped=report.dropped,
+    )
 
 
 def _read_files(folder: Path, noted: tuple[FileVersion, ...], report: AdapterReport) -> dict[str, memoryview]:

@@ -34,7 +34,8 @@ ITEM_BYTES = {
 # What an adapter's tensors may be stored in: safetensors' name of each base dtype.
 STORED_AS: dict[BaseDtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _NUMPY: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-_BF16_EXPONENT = np.uint16(0x7F80)
+_BF16_INFINITE = 0x7F80
+_BF16_MAGNITUDE = np.uint16(0x7FFF)
 
 
 def numpy_dtype(stored: str) -> np.dtype[Any]:
@@ -46,7 +47,9 @@ def widen(raw: npt.ArrayLike, stored: str) -> F32Array:
     """Elements of F32, F16 or BF16 (in `numpy_dtype`) as float32; exact."""
     array = np.asarray(raw)
     if stored == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        wide = array.astype(np.uint32)
+        wide <<= np.uint32(16)
+        return wide.view(np.float32)
     return array.astype(np.float32, copy=False)
 
 
@@ -63,14 +66,14 @@ def narrow(values: F32Array, stored: str) -> Array:
     rounded += np.uint32(0x7FFF)  # half of the last bit kept, less one when that bit is even
     rounded += bits
     rounded >>= np.uint32(16)
-    is_nan = np.isnan(values)
-    if is_nan.any():
-        rounded[is_nan] = 0x7FC0
+    if values.size and np.isnan(values.min()):  # which any NaN makes one
+        rounded[np.isnan(values)] = 0x7FC0
     return rounded.astype(np.uint16)
 
 
 def is_finite(array: Array, stored: str) -> bool:
     """Whether no element is NaN or infinite."""
     if stored == "BF16":
-        return not bool(np.any((array & _BF16_EXPONENT) == _BF16_EXPONENT))  # type: ignore[operator]
+        magnitudes = array & _BF16_MAGNITUDE  # type: ignore[operator]
+        return not magnitudes.size or int(magnitudes.max()) < _BF16_INFINITE
     return bool(np.isfinite(array).all())

@@ -26,7 +26,8 @@ from adapters_store.disk_threads import submit_raw
 from adapters_store.errors import AdapterTooLarge, AdapterUnavailable, RawDamaged
 from adapters_store.lru import STALE_TEMPORARY_S, LeasedLru, Resident, lock_folder
 from adapters_store.ref import FileVersion, SourceVersion
-from adapters_store.sources.folder import READ_FILES, TEMPLATE_FILES
+from adapters_store.sources.folder import CONFIG_FILE, READ_FILES, TEMPLATE_FILES
+from adapters_store.versions import VersionBook
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,10 @@ class RawFolder:
         if len(content) != file.size:
             raise self._damaged(version.name, file.name)
         return memoryview(content)
+
+    def noted(self, version: SourceVersion) -> dict[str, str]:
+        """The sha256 of each file as it was fetched, by name."""
+        return self._record(version).sha256
 
     def check(self, version: SourceVersion, sha256: Mapping[str, str]) -> None:
         """RawDamaged when one of these files, read as having that sha256, is not what was fetched."""
@@ -104,6 +109,7 @@ class RawFiles:
         self._lru: LeasedLru[Resident] = LeasedLru(
             quota_bytes, path_of=self.folder_of, drop=self.discard, grace_s=grace_s, clock=clock
         )
+        self._versions = VersionBook()
         self._sweep_temporaries(are_ours=quota_bytes is not None)
         self._load()
 
@@ -147,6 +153,10 @@ class RawFiles:
         """What `find` would look for, without looking and without counting as a use."""
         return version_key in self._lru.residents
 
+    def versions_of(self, name: str) -> list[tuple[str, SourceVersion]]:
+        """The SourceVersions of `name` whose files are here, with their keys, the latest first."""
+        return self._versions.of(name)
+
     def check_quota(self, version: SourceVersion) -> None:
         """AdapterTooLarge for a version that is over the quota all alone. A quota of 0 is none: nothing is kept."""
         num_bytes = _bytes_of(version)
@@ -174,7 +184,7 @@ class RawFiles:
             else:  # or it left a damaged one
                 self.discard(key)
                 folder.rename(self.folder_of(key))
-        self._lru.put(key, Resident(_bytes_of(version), 0.0))
+        self._put(version, key, 0.0)
         self._lru.touch(key)
         self._lru.evict()
 
@@ -193,11 +203,17 @@ class RawFiles:
     def discard(self, version_key: str) -> None:
         """Forget an entry and delete it, leased or not."""
         self._lru.pop(version_key)
+        self._versions.discard(version_key)
         # out of the way by one rename: whoever looks meanwhile finds all of it or nothing
         gone = self._dir / f".{uuid.uuid4().hex}.tmp"
         with contextlib.suppress(FileNotFoundError):
             self.folder_of(version_key).rename(gone)
             self._remove(gone)
+
+    def _put(self, version: SourceVersion, key: str, used_at: float) -> None:
+        self._lru.put(key, Resident(_bytes_of(version), used_at))
+        if any(file.name == CONFIG_FILE for file in version.files):  # not a chat template's files alone
+            self._versions.add(version)
 
     def _remove(self, folder: Path) -> None:
         """Delete a folder that is out of the way. It may have gigabytes: an event loop does not wait for that."""
@@ -237,7 +253,7 @@ class RawFiles:
             except (OSError, msgspec.MsgspecError):
                 is_whole = False
             if is_whole:
-                self._lru.put(folder.name, Resident(_bytes_of(record.version), used_at))
+                self._put(record.version, folder.name, used_at)
             else:
                 log.warning("raw entry %s is damaged: dropped", folder.name)
                 self.discard(folder.name)
@@ -252,14 +268,18 @@ def fetched_files(version: SourceVersion) -> list[FileVersion]:
     return [file for file in version.files if file.name in READ_FILES or file.name in TEMPLATE_FILES]
 
 
-def hash_files(version: SourceVersion, folder: Path) -> dict[str, str]:
-    """The sha256 of each fetched file. Blocking; AdapterUnavailable when one is not there with its size."""
-    sha256 = {}
+def hash_files(version: SourceVersion, folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The sha256 of each fetched file, by name. Blocking; AdapterUnavailable when one is not there with its size.
+
+    `known`: of those that were hashed as they came.
+    """
+    sha256 = dict(known or {})
     for file in fetched_files(version):
         with (folder / file.name).open("rb") as content:
             if os.fstat(content.fileno()).st_size != file.size:
                 raise AdapterUnavailable(f"{file.name} of adapter {version.name} was not fetched whole; try again")
-            sha256[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+            if file.name not in sha256:
+                sha256[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
     return sha256
 
 

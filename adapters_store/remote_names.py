@@ -21,6 +21,7 @@ import msgspec
 
 from adapters_store.errors import AdapterDenied, AdapterError, AdapterNotFound, AdapterUnavailable
 from adapters_store.flights import Flights, turn
+from adapters_store.histogram import PhaseTimes
 from adapters_store.misses import Misses
 from adapters_store.ref import SourceVersion
 from adapters_store.sources.remote import RemoteSource
@@ -74,8 +75,11 @@ class RemoteNames:
         folder: Path,
         policy: NamePolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
+        times: PhaseTimes | None = None,
     ) -> None:
+        """`times` is told how long the source took for each answer."""
         self.remote = remote
+        self._times = times or PhaseTimes()
         self.stale_uses = 0
         """times since start that a version was served which the source could not confirm"""
         self._policy = policy or NamePolicy()
@@ -123,8 +127,22 @@ class RemoteNames:
 
     async def ask(self, name: str) -> SourceVersion | None:
         """What the source says now, whatever the policy makes of it. Raises AdapterError when it can't be asked."""
+        version, asked_at = await self.look(name)
+        self.accept(name, version, asked_at)
+        return version
+
+    async def confirm(self, version: SourceVersion) -> SourceVersion | None:
+        """What the source says now of the version's name: remembered where it is what was known, else not yet."""
+        now, asked_at = await self.look(version.name)
+        known = self._known.get(version.name)
+        if known is not None and known.version == now:
+            self.accept(version.name, now, asked_at)
+        return now
+
+    async def look(self, name: str) -> tuple[SourceVersion | None, float]:
+        """What the source says now, and when it was asked; requests go on with what they had until `accept`."""
         async with self._turn():
-            started = self._clock()
+            started, started_s = self._clock(), time.perf_counter()
             try:
                 version = await self.remote.resolve(name)
             except AdapterNotFound:
@@ -135,9 +153,9 @@ class RemoteNames:
                     self._note_down(error)
                 self._misses.add(name, error)
                 raise
+        self._times.add({"resolve": time.perf_counter() - started_s})
         self._note_up()
-        self._note(name, version, started)
-        return version
+        return version, started
 
     def doubt(self, version: SourceVersion) -> None:
         """Something is wrong with this version: who asks next asks the source."""
@@ -225,7 +243,7 @@ class RemoteNames:
         self._is_listing_broken = False
         self._note_up()
 
-    def _note(self, name: str, version: SourceVersion | None, asked_at: float) -> None:
+    def accept(self, name: str, version: SourceVersion | None, asked_at: float) -> None:
         """Remember what the source said when it was asked at `asked_at`, as the policy has it."""
         known = self._known.get(name)
         if known is not None and known.asked_at > asked_at:

@@ -14,19 +14,22 @@ from adapters_store.compile.job import CompileJob
 from adapters_store.compile.lower import COMPILER_VERSION
 from adapters_store.disk import DiskImages
 from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged
-from adapters_store.flights import Flights
+from adapters_store.flights import Flights, turn
 from adapters_store.histogram import Counts, PhaseTimes
+from adapters_store.inspect import InspectJob, InspectResult
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest, write_manifest
 from adapters_store.misses import Misses
 from adapters_store.ref import AdapterRef, SourceVersion, image_key_of
 from adapters_store.remote_tier import Fetched, RemoteTier
 from adapters_store.sources.folder import FileChanged
+from adapters_store.versions import Held, find_version
 from adapters_store.worker import CompileWorker
 
 MAX_REMEMBERED_PHASES = 4096
 FETCH_ATTEMPTS = 5
 FETCH_BACKOFF_S = 0.05
+INSPECT_TURN_S = 10.0  # that an inspection waits for the one before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,9 @@ class RawTier:
     fetches: int = 0
     fetched_bytes: int = 0
     stale_uses: int = 0  # names served by what their source said before it could not be asked
+    seconds: Mapping[str, Counts] = field(default_factory=dict)  # by phase: resolve, queue, fetch
+    num_leases: int = 0
+    num_under_way: int = 0  # versions that are being fetched
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,8 @@ class StoreTier:
     seconds: Mapping[str, Counts] = field(default_factory=dict)  # by phase: queue, fetch, compile
     hits: int = 0  # lookups that found the image
     raw: RawTier = field(default_factory=RawTier)
+    num_leases: int = 0
+    num_under_way: int = 0  # versions that are being brought here
 
 
 class AdapterStore:
@@ -83,6 +91,7 @@ class AdapterStore:
         self.worker = CompileWorker(manifest_path, timeout_s=compile_timeout_s)
         self._flights: Flights[AdapterRef] = Flights()
         self._failures = Misses(catalog.remote.policy.miss_ttl_s if catalog.remote is not None else 0.0)
+        self._inspections = asyncio.Semaphore(1)  # compiles go between two
         self._phases: OrderedDict[str, dict[str, float]] = OrderedDict()
         self._times = PhaseTimes()
         self.compiles = 0
@@ -100,6 +109,19 @@ class AdapterStore:
         version = await self.catalog.resolve(name)
         self._record(version.key, "resolve", time.perf_counter() - started)
         return version
+
+    def pinned(self, current: SourceVersion, prefix: str) -> SourceVersion:
+        """What `name@prefix` means, of the name that points to `current` now: that, or a former version of the name
+        whose image or files are on disk. Raises VersionNotFound, VersionAmbiguous.
+        """
+        name, remote = current.name, self.catalog.remote
+        found = {current.key: current}
+        former = [*self.disk.versions_of(name), *(remote.raw.versions_of(name) if remote is not None else ())]
+        for key, version in former:
+            if version.source == current.source or self.catalog.covers(version):
+                found.setdefault(key, version)
+        held = [Held(key, version, self.disk.peek(key)) for key, version in found.items()]
+        return find_version(name, prefix, held).version
 
     async def list(self) -> Listings:
         """All adapters of the catalog, by name."""
@@ -135,6 +157,28 @@ class AdapterStore:
             raise failure
         return await self._flights.join(key, lambda: self._bring(version))
 
+    async def inspect(self, version: SourceVersion) -> InspectResult:
+        """What the compiler would say of a SourceVersion; at most fetched for it, and nothing is compiled.
+
+        Raises AdapterError for what is not the adapter's fault; AdapterUnavailable when too many are asked for.
+        """
+        remote = self.catalog.remote
+        async with turn(self._inspections, INSPECT_TURN_S, "too many adapters are being inspected; try again"):
+            if remote is None or not remote.covers(version):
+                return await self.worker.inspect(InspectJob(version, self._limits))
+            try:
+                async with remote.files(version) as fetched:
+                    return await self.worker.inspect(InspectJob(version, self._limits, str(fetched.folder)))
+            except RawDamaged:
+                remote.raw.discard(version.key)
+                raise
+            except FileChanged as error:
+                raise AdapterUnavailable(f"adapter {version.name} is being replaced; try again") from error
+
+    def retry(self, version: SourceVersion) -> None:
+        """Forget that a version could not be brought: the next `ensure` tries again at once."""
+        self._failures.forget(version.key)
+
     def lease(self, ref: AdapterRef) -> None:
         """Keep an image on disk until `release`; AdapterUnavailable when it has just gone."""
         self.disk.lease(ref.image_key)
@@ -148,7 +192,7 @@ class AdapterStore:
         self.disk.discard(ref.image_key)
 
     def phases(self, version_key: str) -> dict[str, float]:
-        """Seconds by phase of bringing that SourceVersion here: resolve, queue, fetch, compile."""
+        """Seconds by phase of bringing that SourceVersion here: resolve, raw_queue, queue, fetch, compile."""
         return dict(self._phases.get(version_key, {}))
 
     def tier(self) -> StoreTier:
@@ -156,7 +200,17 @@ class AdapterStore:
         disk = self.disk
         seconds = self._times.seconds
         raw = _raw_tier(self.catalog.remote)
-        return StoreTier(disk.num_images, disk.bytes_used, disk.evictions, self.compiles, seconds, self.hits, raw)
+        return StoreTier(
+            disk.num_images,
+            disk.bytes_used,
+            disk.evictions,
+            self.compiles,
+            seconds,
+            self.hits,
+            raw,
+            disk.num_leases,
+            len(self._flights),
+        )
 
     async def close(self) -> None:
         """Give up what is under way, end the compiler process, close the remote sources."""
@@ -203,18 +257,19 @@ class AdapterStore:
             raise
 
     async def _compile(self, version: SourceVersion, started: float, fetched: Fetched | None = None) -> AdapterRef:
-        folder, fetch_s = (str(fetched.folder), fetched.seconds) if fetched is not None else (None, 0.0)
+        folder = None if fetched is None else str(fetched.folder)
         job = CompileJob(version, str(self.disk.images_dir), self._limits, folder)
         result = await self.worker.compile(job)
         self.compiles += result.is_new
-        self.disk.adopt(result.ref)
-        total = time.perf_counter() - started
-        fetch_s += result.fetch_s
-        queue_s = max(0.0, total - fetch_s - result.compile_s)
-        phases = {"queue": queue_s, "fetch": fetch_s, "compile": result.compile_s}
+        self.disk.adopt(result.ref, result.version)
+        before_s = 0.0 if fetched is None else fetched.queue_s + fetched.seconds
+        queue_s = max(0.0, time.perf_counter() - started - before_s - result.fetch_s - result.compile_s)
+        phases = {"queue": queue_s, "fetch": result.fetch_s, "compile": result.compile_s}
+        self._times.add(phases)
+        if fetched is not None:
+            phases |= {"raw_queue": fetched.queue_s, "fetch": fetched.seconds + result.fetch_s}
         for phase, seconds in phases.items():
             self._record(version.key, phase, seconds)
-        self._times.add(phases)
         return result.ref
 
     def _record(self, key: str, phase: str, seconds: float) -> None:
@@ -236,4 +291,7 @@ def _raw_tier(remote: RemoteTier | None) -> RawTier:
         remote.fetches,
         remote.fetched_bytes,
         remote.stale_uses,
+        remote.times.seconds,
+        raw.num_leases,
+        remote.num_fetching,
     )

@@ -19,13 +19,17 @@ import msgspec
 from adapters_store.child import IMPORT_ROOT, LENGTH_BYTES, end_with_parent, frame, read_frame, take_replies
 from adapters_store.compile.base import BaseWeights
 from adapters_store.compile.job import CompileJob, CompileResult, run_job
+from adapters_store.disk_threads import give_way
 from adapters_store.errors import AdapterError, AdapterUnavailable, adapter_error
+from adapters_store.inspect import InspectJob, InspectResult, run_inspection
 from adapters_store.manifest import BaseManifest, read_manifest
 
 log = logging.getLogger(__name__)
 
-NICENESS = 5
-"""a compile gives way to the engine's steps on the same cores"""
+NICENESS = 19
+"""a compile takes what the engine's steps leave of the same cores"""
+KEPT_BYTES = 128 << 20
+"""of memory that the compiler process keeps between jobs, at most; larger pieces are given back at once"""
 
 
 class JobFailed(msgspec.Struct, frozen=True, tag=True):
@@ -38,9 +42,10 @@ class JobFailed(msgspec.Struct, frozen=True, tag=True):
 class JobDone(msgspec.Struct, frozen=True, tag=True):
     """The job's result."""
 
-    result: CompileResult
+    result: CompileResult | InspectResult
 
 
+Job = CompileJob | InspectJob
 _REPLY: msgspec.msgpack.Decoder[JobDone | JobFailed] = msgspec.msgpack.Decoder(JobDone | JobFailed)
 
 
@@ -55,7 +60,7 @@ class CompileWorker:
         self._timeout_s = timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
-        self._running: asyncio.Task[CompileResult] | None = None
+        self._running: asyncio.Task[CompileResult | InspectResult] | None = None
         self._is_closed = False
 
     @property
@@ -74,12 +79,15 @@ class CompileWorker:
         A caller that is cancelled while it waits for its turn leaves the queue. A job that has begun
         runs to its end: its image is then on disk for the next who asks.
         """
-        async with self._turn:
-            if self._running is not None:
-                await asyncio.wait({self._running})
-            self._running = asyncio.create_task(self._exchange(job))
-            self._running.add_done_callback(_retrieve)
-            return await asyncio.shield(self._running)
+        result = await self._exchange_in_turn(job)
+        assert isinstance(result, CompileResult)
+        return result
+
+    async def inspect(self, job: InspectJob) -> InspectResult:
+        """Report on an adapter, in a turn of its own between compiles, with the same bounds."""
+        result = await self._exchange_in_turn(job)
+        assert isinstance(result, InspectResult)
+        return result
 
     async def close(self) -> None:
         """End the child: by the end of its input, and by force when it is still at work."""
@@ -99,7 +107,15 @@ class CompileWorker:
                 process.kill()
             await process.wait()
 
-    async def _exchange(self, job: CompileJob) -> CompileResult:
+    async def _exchange_in_turn(self, job: Job) -> CompileResult | InspectResult:
+        async with self._turn:
+            if self._running is not None:
+                await asyncio.wait({self._running})
+            self._running = asyncio.create_task(self._exchange(job))
+            self._running.add_done_callback(_retrieve)
+            return await asyncio.shield(self._running)
+
+    async def _exchange(self, job: Job) -> CompileResult | InspectResult:
         process = await self._ensure_started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -133,7 +149,6 @@ class CompileWorker:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=_environment(),
-                start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the child's
             )
         return self._process
 
@@ -144,16 +159,20 @@ class CompileWorker:
             await self._process.wait()
 
 
-def _retrieve(task: asyncio.Task[CompileResult]) -> None:
+def _retrieve(task: asyncio.Task[CompileResult | InspectResult]) -> None:
     """Look at the outcome of a job whose caller has left, or asyncio complains that nobody did."""
     if not task.cancelled():
         task.exception()
 
 
 def _environment() -> dict[str, str]:
-    """The child must find this package wherever it was started from, and needs no pool of BLAS threads."""
+    """The child must find this package wherever it was started from, and needs no pool of BLAS threads.
+
+    It keeps the memory of one job for the next (glibc): fresh pages cost as much as the work on them.
+    """
     path = os.pathsep.join(filter(None, (str(IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    kept = {"MALLOC_MMAP_THRESHOLD_": str(KEPT_BYTES), "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES)}
+    return os.environ | kept | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 # --- child -----------------------------------------------------------------------------------------------
@@ -162,8 +181,11 @@ def _environment() -> dict[str, str]:
 def main() -> None:
     """Serve jobs from stdin until it ends."""
     end_with_parent(os.getppid())
+    # a Ctrl-C in the terminal is the parent's to handle. A session would keep it away too, but between sessions Linux
+    # shares the processors evenly: niceness counts within one
+    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(NICENESS)
+    give_way(NICENESS)
     replies = take_replies()
     manifest, base = read_manifest(Path(sys.argv[1])), BaseWeights()
     while (message := read_frame(sys.stdin.buffer)) is not None:
@@ -172,8 +194,10 @@ def main() -> None:
 
 
 def _run(message: bytes, manifest: BaseManifest, base: BaseWeights) -> JobDone | JobFailed:
-    job = msgspec.msgpack.decode(message, type=CompileJob)
+    job = msgspec.msgpack.decode(message, type=Job)
     try:
+        if isinstance(job, InspectJob):
+            return JobDone(run_inspection(job, manifest))
         return JobDone(run_job(job, manifest, base))
     except AdapterError as error:
         return JobFailed(error.code, error.message)

@@ -7,9 +7,10 @@ cold         first token of the base, of warm adapters of each --rank, and of on
 scrape       what a GET /metrics costs
 streams      what open streams cost the API process: memory of one, CPU time of a token, its share of a step
 
-Five more take options of their own (--help): `serve`, a load test of any server; `compare`, its result files side by
+Seven more take options of their own (--help): `serve`, a load test of any server; `compare`, its result files side by
 side; `peers`, ours and other servers in turns; `catalog`, 1,000 registered adapters against 32, and real mixes;
-`kernels`, each native kernel against torch and the machine's limits.
+`kernels`, each native kernel against torch and the machine's limits; `store`, adapters from object storage;
+`thrash`, twice as many hot adapters as fit the arena.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from server.errors import ConfigError
 
 console = Console()
 
-COMMANDS = ("serve", "compare", "peers", "catalog", "kernels")
+COMMANDS = ("serve", "compare", "peers", "catalog", "kernels", "store", "thrash")
 _LOWEST_ID = 3  # of prompts: below are special tokens
 _MAX_IDS = 40_000  # large vocabularies have special tokens at their end too
 
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 figures[name] = parts[name](workload, Path(folder))
             except ConfigError as error:
                 parser.error(str(error))
-        _print(name, figures[name])
+        print_figures(name, figures[name])
     if not options.part and is_configured():
         _compare_with_peers(default_cache_dir() / "bench-peers")
     if options.json:
@@ -138,7 +139,7 @@ def _compare_with_peers(folder: Path) -> None:
     run_peers(["--model", str(model), "--adapters", str(folder / "adapters"), "--out", str(folder / "results")])
 
 
-def _print(name: str, figures: object) -> None:
+def print_figures(name: str, figures: object) -> None:
     """Figures with labels; a mapping among them is a table of its own: columns by row."""
     assert isinstance(figures, dict)
     table = Table(title=name, show_header=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from loadtest.server_process import RunningServer, running_server
+from loadtest.server_process import running_server
 from loadtest.throughput import prepare_adapters
 
 if TYPE_CHECKING:
@@ -33,13 +33,16 @@ def measure_cold(workload: Workload, folder: Path) -> dict[str, object]:
     }
     seeds = itertools.count()
     cold: dict[int, list[dict[str, float]]] = {rank: [] for rank in names}
-    with running_server(workload.model, folder / "adapters", folder / "cache") as server:
+    with (
+        running_server(workload.model, folder / "adapters", folder / "cache") as server,
+        httpx.Client(base_url=server.url, timeout=120) as http,
+    ):
         for _ in range(3):
-            _first_token(server, workload, "base", next(seeds))
+            first_token(http, workload, "base", next(seeds))
         for together in zip(*names.values(), strict=True):
             for rank, name in zip(names, together, strict=True):
-                cold[rank].append(_first_token(server, workload, name, next(seeds)))
-        rounds = [*_warm_rounds(server, workload, names, seeds)]
+                cold[rank].append(first_token(http, workload, name, next(seeds)))
+        rounds = [*_warm_rounds(http, workload, names, seeds)]
     columns = list(zip(*rounds, strict=True))  # seconds of the base, then of each rank
     return {
         "prompt tokens": workload.prompt_tokens,
@@ -51,18 +54,18 @@ def measure_cold(workload: Workload, folder: Path) -> dict[str, object]:
                 for rank, times in zip(names, columns[1:], strict=True)
             },
         },
-        "first token of an adapter never seen, ms": _phases(cold),
+        "first token of an adapter never seen, ms": phase_rows(cold),
     }
 
 
 def _warm_rounds(
-    server: RunningServer, workload: Workload, names: dict[int, list[str]], seeds: Iterator[int]
+    http: httpx.Client, workload: Workload, names: dict[int, list[str]], seeds: Iterator[int]
 ) -> Iterator[list[float]]:
     """Seconds of a request to the base and to an adapter of each rank, every other round backwards."""
     for number in range(NUM_WARM * workload.repeats):
         kinds = ["base", *(of_rank[number % len(of_rank)] for of_rank in names.values())]
         times = [
-            _first_token(server, workload, kind, next(seeds))["total_s"] for kind in kinds[:: -1 if number % 2 else 1]
+            first_token(http, workload, kind, next(seeds))["total_s"] for kind in kinds[:: -1 if number % 2 else 1]
         ]
         yield times[:: -1 if number % 2 else 1]
 
@@ -76,7 +79,7 @@ def _warm_row(times: tuple[float, ...], base: tuple[float, ...]) -> dict[str, fl
     }
 
 
-def _phases(cold: dict[int, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+def phase_rows(cold: dict[int, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Medians in ms by rank: of the whole, and of each phase that the server reports."""
     phases = sorted({phase for samples in cold.values() for sample in samples for phase in sample} - {"total_s"})
     return {
@@ -88,8 +91,8 @@ def _phases(cold: dict[int, list[dict[str, float]]]) -> dict[str, dict[str, floa
     }
 
 
-def _first_token(server: RunningServer, workload: Workload, model: str, seed: int) -> dict[str, float]:
-    """Seconds to the first streamed text, and the phases that the server reports."""
+def first_token(http: httpx.Client, workload: Workload, model: str, seed: int) -> dict[str, float]:
+    """Seconds to the first streamed text as `total_s`, and the phases that the server reports."""
     body = {
         "model": model,
         "prompt": workload.prompt(100 + 977 * seed),
@@ -103,8 +106,7 @@ def _first_token(server: RunningServer, workload: Workload, model: str, seed: in
     started = time.perf_counter()
     total_s = 0.0
     phases: dict[str, float] = {}
-    url = f"{server.url}/v1/completions"
-    with httpx.stream("POST", url, json=body, headers=PHASES_HEADER, timeout=120.0) as response:
+    with http.stream("POST", "/v1/completions", json=body, headers=PHASES_HEADER) as response:
         response.raise_for_status()
         for line in response.iter_lines():
             if not line.startswith("data: {"):

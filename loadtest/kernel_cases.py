@@ -133,13 +133,14 @@ class _Weights:
         return Case(name, self.count, self.num_bytes, rows * self.n * self.k, native, torchs)
 
 
-def lora_cases(model: str, distinct: Sequence[int], prefills: Sequence[tuple[int, int]]) -> Iterator[Case]:
-    """Deltas of one layer's projections: decode rows of distinct adapters, and (adapters, rows of each) of prompts."""
-    for adapters, rows in [*((count, 1) for count in distinct), *prefills]:
-        ranks = [ADAPTER_RANKS[index % len(ADAPTER_RANKS)] for index in range(adapters)]
+def lora_cases(model: str, distinct: Sequence[int], prefills: Sequence[tuple[Sequence[int], int]]) -> Iterator[Case]:
+    """Deltas of one layer's projections: rows of distinct adapters, and prompts as (adapters' ranks, rows of each)."""
+    decodes = (([ADAPTER_RANKS[i % len(ADAPTER_RANKS)] for i in range(count)], 1) for count in distinct)
+    for ranks, rows in [*decodes, *prefills]:
         kind = "decode" if rows == 1 else f"prefill of {rows} rows each"
         shown = "/".join(map(str, sorted(set(ranks))))
-        yield _lora_case(f"adapters {model}, {adapters} distinct, ranks {shown}, {kind}", SHAPES[model], ranks, rows)
+        name = f"adapters {model}, {len(ranks)} distinct, ranks {shown}, {kind}"
+        yield _lora_case(name, SHAPES[model], list(ranks), rows)
 
 
 def _lora_case(name: str, shape: Shape, ranks: list[int], rows: int) -> Case:

@@ -32,7 +32,8 @@ from loadtest.table import rows_table
 ROWS = (1, 8, 32, 128)
 ROUNDS = 7
 DISTINCT = (1, 8, 32)
-PREFILLS = ((1, 128), (1, 512), (4, 128))  # adapters, rows of each
+PREFILLS = (((8,), 128), ((16,), 128), ((64,), 128), ((16,), 512), ((64,), 512), ((8, 16, 32, 64), 128))
+"""Ranks of the adapters, rows of each."""
 ATTENTION = {
     "decode 32 over 160": [(160, 1)] * 32,
     "decode 32 over 1024": [(1024, 1)] * 32,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 
 START_TIMEOUT_S = 120.0
+_SHOWN_CHARS = 2000  # of the log, in an error
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,22 @@ class RunningServer:
 
     def memory_bytes(self) -> dict[str, int]:
         """Resident bytes by process: api, engine, worker."""
-        found = {"api": resident_bytes(self.pid)}
-        for child in _children(self.pid):
-            command = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if "server.engine.loop" in command:
-                found["engine"] = resident_bytes(child)
-            elif "adapters_store.worker" in command:
-                found["worker"] = resident_bytes(child)
-        return found
+        return {name: resident_bytes(child) for name, child in _processes(self.pid).items()}
 
 
 @contextmanager
 def running_server(
-    model: Path, adapters: Path, cache: Path, *flags: str, log: Path | None = None
+    model: Path,
+    adapters: Path,
+    cache: Path,
+    *flags: str,
+    log: Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[RunningServer]:
-    """`multilora serve` on a free port; ended by SIGTERM, and killed if that does not do it."""
+    """`multilora serve` on a free port; ended by SIGTERM, and killed if that does not do it.
+
+    `env`: more of its environment.
+    """
     port = free_port()
     command = [
         sys.executable, "-m", "server", "serve", "--model", str(model), "--adapters", str(adapters),
@@ -49,10 +52,15 @@ def running_server(
     ]  # fmt: skip
     started = time.monotonic()
     output = log.open("wb") if log else subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT if log else subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=output,
+        stderr=subprocess.STDOUT if log else subprocess.DEVNULL,
+        env={**os.environ, **(env or {})},
+    )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_healthy(process, url)
+        _wait_until_healthy(process, url, log)
         yield RunningServer(url, process.pid, time.monotonic() - started)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -63,6 +71,11 @@ def running_server(
             process.wait()
 
 
+def process_times(pid: int) -> dict[str, float]:
+    """CPU seconds so far by process: api, engine, worker."""
+    return {name: _cpu_s(child) for name, child in _processes(pid).items()}
+
+
 def resident_bytes(pid: int) -> int:
     """VmRSS of a process."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -71,11 +84,12 @@ def resident_bytes(pid: int) -> int:
     raise ValueError(f"process {pid} has no VmRSS")
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
+def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path | None) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode} before it served")
+            said = f":\n{log.read_text(errors='replace')[-_SHOWN_CHARS:]}" if log else ""
+            raise RuntimeError(f"the server ended with status {process.returncode} before it served{said}")
         try:
             if httpx.get(f"{url}/health", timeout=1.0).status_code == 200:
                 return
@@ -83,6 +97,25 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str) -> None:
             pass
         time.sleep(0.05)
     raise RuntimeError(f"the server was not healthy within {START_TIMEOUT_S:g} s")
+
+
+def _processes(pid: int) -> dict[str, int]:
+    """The server's process ids by name: api, engine, worker."""
+    found = {"api": pid}
+    for child in _children(pid):
+        command = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        if "server.engine.loop" in command:
+            found["engine"] = child
+        elif "adapters_store.worker" in command:
+            found["worker"] = child
+    return found
+
+
+def _cpu_s(pid: int) -> float:
+    """Of all threads, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _children(pid: int) -> list[int]:

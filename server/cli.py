@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from adapters_store.remote_names import NamePolicy, SourceDelete, SourceDown
+from server.adapter_metrics import MAX_TOP
 from server.config import EngineConfig, KernelBackend, ServerConfig, default_cache_dir, parse_bytes
 from server.errors import ConfigError
 from server.vllm_flags import explain_vllm_flags, parse_lora_modules, split_names, spread_lora_modules
@@ -107,11 +108,15 @@ MaxCpuLoras = Annotated[
 ]
 Preload = Annotated[list[str] | None, typer.Option(help="Adapter(s) compiled before the server is ready: a,b.")]
 Pin = Annotated[list[str] | None, typer.Option(help="Adapter(s) loaded at start and never evicted: a,b.")]
+AdaptersFile = Annotated[
+    Path | None,
+    typer.Option(help="File (JSON, YAML) of adapters that there shall be: name, path or source, pin, preload, weight."),
+]
 AllowRuntimeLoading = Annotated[
     bool,
     typer.Option(
         "--allow-runtime-loading",
-        help="Let clients use /v1/load_lora_adapter and unload, below --adapters. On by itself on loopback.",
+        help="Let clients load, unload, pin and reload adapters, below the sources. On by itself on loopback.",
     ),
 ]
 MaxQueueWait = Annotated[float, typer.Option(help="Seconds a request may wait before it gets 503.", min=0.1)]
@@ -131,6 +136,10 @@ ApiKey = Annotated[
         envvar="MULTILORA_API_KEY",
         show_envvar=True,
     ),
+]
+AdapterMetricsTop = Annotated[
+    int,
+    typer.Option(help="Adapters with metrics of their own, by tokens of late; others are `other`.", min=0, max=MAX_TOP),
 ]
 DisableAccessLog = Annotated[
     bool, typer.Option("--disable-access-log", help="Write no line per request to standard output.")
@@ -178,6 +187,7 @@ def serve(
     max_cpu_loras: MaxCpuLoras = None,
     preload: Preload = None,
     pin: Pin = None,
+    adapters_file: AdaptersFile = None,
     allow_runtime_loading: AllowRuntimeLoading = False,
     max_queue_wait: MaxQueueWait = 60.0,
     max_queue_len: MaxQueueLen = 4096,
@@ -186,6 +196,7 @@ def serve(
     api_key: ApiKey = None,
     allowed_origins: AllowedOrigins = "[]",
     disable_access_log: DisableAccessLog = False,
+    adapter_metrics_top: AdapterMetricsTop = 50,
     cache_dir: CacheDir = None,
     threads: Threads = None,
     backend: Backend = "auto",
@@ -216,6 +227,7 @@ def serve(
         lora_modules=_lora_modules(lora_modules, names),
         preload=split_names(preload),
         pin=split_names(pin),
+        adapters_file=None if adapters_file is None else str(adapters_file),
         allow_runtime_loading=allow_runtime_loading,
         adapter_roots=tuple(str(root) for root in adapters or ()),
         adapter_sources=tuple(adapter_source or ()),
@@ -237,6 +249,7 @@ def serve(
         shutdown_timeout_s=shutdown_timeout,
         engine_stall_timeout_s=engine_stall_timeout,
         has_access_log=not disable_access_log,
+        adapter_metrics_top=adapter_metrics_top,
         max_lora_rank=max_lora_rank,
     )
     _run(config, adapter_examples={})

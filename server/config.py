@@ -57,6 +57,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     shutdown_timeout_s: float = 25.0  # how long open requests may go on after SIGTERM; Kubernetes kills after 30
     engine_stall_timeout_s: float = 60.0
     has_access_log: bool = True
+    adapter_metrics_top: int = 50  # adapters that have metrics of their own; all others have them together
     max_lora_rank: int = 512
     adapter_sources: tuple[str, ...] = ()  # URLs, after the folders
     allow_private_sources: bool = False  # http:// and addresses of this machine or network
@@ -67,11 +68,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora_modules: tuple[tuple[str, str], ...] = ()  # (name, folder) pairs given by hand
     preload: tuple[str, ...] = ()  # adapters compiled before the server is ready
     pin: tuple[str, ...] = ()  # those that stay on the device too
+    adapters_file: str | None = None  # what adapters there shall be, watched
     allow_runtime_loading: bool = False  # also without it when bound to loopback
 
     @property
     def may_load_adapters(self) -> bool:
-        """Whether /v1/load_lora_adapter and /v1/unload_lora_adapter work."""
+        """Whether the routes that change adapters work."""
         return self.allow_runtime_loading or is_loopback(self.host)
 
 

@@ -50,7 +50,7 @@ class EngineMetrics:
         yield self._adapters.text(stats.steps_by_adapters, stats.adapters_total)
         yield from self._tiers(stats, disk)
         yield head(LOAD_SECONDS, "histogram", "Seconds of bringing an adapter to a tier, by phase.")
-        for tier, by_phase in (("disk", disk.seconds), ("device", stats.load_seconds)):
+        for tier, by_phase in (("raw", disk.raw.seconds), ("disk", disk.seconds), ("device", stats.load_seconds)):
             yield from self._phases(tier, by_phase)
         yield from self._cache_config(ready)
         yield from self._lora_info(stats)
@@ -80,6 +80,19 @@ class EngineMetrics:
         ):
             yield head(name, kind, text)
             for tier, value in zip(tiers, values, strict=True):
+                yield f"{start_of(name, {**self._labels, 'tier': tier})}{number(value)}\n"
+        yield from self._uses_of_disk(disk)
+
+    def _uses_of_disk(self, disk: StoreTier) -> Iterator[str]:
+        """What the two tiers on disk keep for whom; both go back to 0 when nothing runs."""
+        leases = (disk.raw.num_leases, disk.num_leases)
+        under_way = (disk.raw.num_under_way, disk.num_under_way)
+        for name, text, values in (
+            ("multilora_tier_leases", "Uses under way that keep an adapter in a tier.", leases),
+            ("multilora_tier_under_way", "Adapters on their way into a tier.", under_way),
+        ):
+            yield head(name, "gauge", text)
+            for tier, value in zip(("raw", "disk"), values, strict=True):
                 yield f"{start_of(name, {**self._labels, 'tier': tier})}{number(value)}\n"
 
     def _phases(self, tier: str, by_phase: Mapping[str, Counts]) -> Iterator[str]:

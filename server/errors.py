@@ -4,7 +4,9 @@ ServerError                         500 internal_error
 ├── BadRequest                      400 invalid_value (or a more specific code), with the field in `param`
 │   ├── UnsupportedField            400 unsupported_parameter
 │   └── ContextLengthExceeded       400 context_length_exceeded
+├── Forbidden                       403 forbidden
 ├── ModelNotFound                   404 model_not_found
+├── Conflict                        409 conflict (or a more specific code)
 ├── Overloaded                      503 overloaded, with Retry-After
 │   ├── QueueFull                   429 rate_limit_exceeded, with Retry-After
 │   └── EngineStalled               503 engine_stalled, with Retry-After
@@ -51,6 +53,18 @@ class ContextLengthExceeded(BadRequest):
 class ModelNotFound(ServerError):
     http_status = 404
     code = "model_not_found"
+    type = "invalid_request_error"
+
+
+class Forbidden(ServerError):
+    http_status = 403
+    code = "forbidden"
+    type = "invalid_request_error"
+
+
+class Conflict(ServerError):
+    http_status = 409
+    code = "conflict"
     type = "invalid_request_error"
 
 

@@ -25,6 +25,7 @@ from server.api.params import read_sampling_defaults
 from server.api.service import ApiLimits, ServerState
 from server.banner import show_banner
 from server.config import ServerConfig
+from server.desired_file import AdaptersFile, read_adapters_file
 from server.engine.client import AsyncEngine
 from server.errors import ConfigError
 from server.prepare import assign_modules, prepare_adapters
@@ -44,10 +45,11 @@ def run(config: ServerConfig, console: Console, adapter_examples: dict[str, str]
 
 
 async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[str, str]) -> int:
-    folders, remotes = _open_sources(config)
+    sources = _open_sources(config)
     base = _existing_folder("--model", config.engine.model)
     if not (base / "config.json").is_file():
         raise ConfigError(f"--model {base}: no config.json there, so it is no model's folder")
+    wanted = await asyncio.to_thread(_read_wanted, config)
     listener = _listen(config.host, config.port)
     tokenizer = await asyncio.to_thread(BaseTokenizer, base, Path(config.engine.cache_dir))
     engine = AsyncEngine()
@@ -55,7 +57,7 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
         await engine.start(config.engine)
     store: AdapterStore | None = None
     try:
-        store = _open_store(config, read_manifest(Path(engine.ready.manifest_path)), folders, remotes)
+        store = _open_store(config, read_manifest(Path(engine.ready.manifest_path)), sources)
         catalog = store.catalog
         await store.start()
         with console.status("Preparing adapters"):
@@ -71,12 +73,14 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
             may_load_adapters=config.may_load_adapters,
             guards_loading=not config.allow_runtime_loading,
             pins=pins,
+            adapters_file=wanted,
             limits=ApiLimits(
                 max_adapters_per_step=config.engine.max_adapters_per_step,
                 max_queue_len=config.max_queue_len,
                 max_queue_wait_s=config.engine.max_queue_wait_s,
                 engine_stall_timeout_s=config.engine_stall_timeout_s,
                 has_access_log=config.has_access_log,
+                adapter_metrics_top=config.adapter_metrics_top,
                 allowed_origins=config.allowed_origins,
             ),
         )
@@ -90,16 +94,28 @@ async def _serve(config: ServerConfig, console: Console, adapter_examples: dict[
         await engine.close()
 
 
+def _read_wanted(config: ServerConfig) -> AdaptersFile | None:
+    """What --adapters-file says. ConfigError names the line or entry that is wrong."""
+    if config.adapters_file is None:
+        return None
+    try:
+        return read_adapters_file(Path(config.adapters_file), config.served_names)
+    except ConfigError as error:
+        raise ConfigError(f"--adapters-file {error}") from error
+
+
 def _open_store(
-    config: ServerConfig, manifest: BaseManifest, folders: list[LocalSource], remotes: list[RemoteSource]
+    config: ServerConfig, manifest: BaseManifest, sources: list[LocalSource | RemoteSource]
 ) -> AdapterStore:
     """The store and its catalog. ConfigError for what can't be used: a cache folder, a name given by hand."""
     cache_dir, limits = Path(config.engine.cache_dir), Limits(max_rank=config.max_lora_rank)
-    named = NamedSource(folder.root for folder in folders)
+    named = NamedSource(source.root for source in sources if isinstance(source, LocalSource))
+    folders = _leading_folders(sources)
+    others = sources[len(folders) :]
     try:
         remote = None
-        if remotes:
-            remote = RemoteTier(remotes, cache_dir, policy=config.names, limits=limits, quota_bytes=config.raw_quota)
+        if others:
+            remote = RemoteTier(others, cache_dir, policy=config.names, limits=limits, quota_bytes=config.raw_quota)
         catalog = Catalog(folders, config.served_names, named=named, remote=remote)
         assign_modules(catalog, config.lora_modules)
         return AdapterStore(cache_dir, manifest, catalog, limits=limits, quota_bytes=config.disk_quota)
@@ -107,20 +123,30 @@ def _open_store(
         raise ConfigError(f"--cache-dir {cache_dir}: {error.strerror or error!r}") from error
 
 
-def _open_sources(config: ServerConfig) -> tuple[list[LocalSource], list[RemoteSource]]:
-    """The folders of --adapters and --adapter-source, and the remote sources, each in their order."""
-    folders = [LocalSource(_existing_folder("--adapters", root)) for root in config.adapter_roots]
-    remotes: list[RemoteSource] = []
+def _open_sources(config: ServerConfig) -> list[LocalSource | RemoteSource]:
+    """The folders of --adapters, then what --adapter-source names, in the command line's order."""
+    sources: list[LocalSource | RemoteSource] = []
+    sources += [LocalSource(_existing_folder("--adapters", root)) for root in config.adapter_roots]
     options = RemoteOptions(allow_private=config.allow_private_sources, allowed_hosts=config.source_redirect_hosts)
     for url in dict.fromkeys(config.adapter_sources):
         if url.startswith("file://") or "://" not in url:
-            folders.append(LocalSource(_existing_folder("--adapter-source", url.removeprefix("file://"))))
+            sources.append(LocalSource(_existing_folder("--adapter-source", url.removeprefix("file://"))))
             continue
         try:
-            remotes.append(open_source(url, options=options))
+            sources.append(open_source(url, options=options))
         except ValueError as error:
             raise ConfigError(f"--adapter-source: {error}") from error
-    return folders, remotes
+    return sources
+
+
+def _leading_folders(sources: list[LocalSource | RemoteSource]) -> list[LocalSource]:
+    """The folders that come before any remote source: most servers have no others."""
+    folders: list[LocalSource] = []
+    for source in sources:
+        if not isinstance(source, LocalSource):
+            break
+        folders.append(source)
+    return folders
 
 
 def _set_up_logging() -> None:

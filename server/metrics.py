@@ -1,15 +1,17 @@
 """The requests' metrics, under the vllm:* names that dashboards read. The engine's and the tiers': engine_metrics.
 
-Labels are the base and the engine, never an adapter: names that clients choose must not make series.
+Labels are the base and the engine; an adapter's name only where the series are bounded (adapter_metrics).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 
 from adapters_store.histogram import Histogram
+from server.adapter_metrics import AdapterMetrics
 from server.engine_metrics import ENGINE, EngineFacts, EngineMetrics
 from server.exposition import CounterSeries, Family, HistogramSeries
 from server.http_metrics import HttpMetrics
@@ -50,10 +52,13 @@ class Siblings:
 class Metrics:
     """The instruments of one server; two servers never share one."""
 
-    def __init__(self, model_name: str, facts: EngineFacts) -> None:
+    def __init__(self, model_name: str, facts: EngineFacts, adapter_top: int = 50) -> None:
+        """`adapter_top`: how many adapters have series of their own."""
         self.http = HttpMetrics()
         self._labels = {"model_name": model_name, "engine": ENGINE}
+        self.adapters = AdapterMetrics(adapter_top, self._labels)
         self._families: list[Family] = [self.http.requests, self.http.durations]
+        self._further: list[Callable[[], Iterable[str]]] = []
         self._engine = EngineMetrics(self._labels, facts)
         self._process = CollectorRegistry()  # process_* and python_* of the API process, by their own makers
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -137,10 +142,15 @@ class Metrics:
             self._num_choices.add(siblings.num_choices)
             self._max_output.add(siblings.max_output)
 
+    def add_lines(self, lines: Callable[[], Iterable[str]]) -> None:
+        """Further families, as they are at each scrape."""
+        self._further.append(lines)
+
     def exposition(self) -> bytes:
         """What GET /metrics answers."""
         parts = [part for family in self._families for part in family.text()]
-        return "".join([*parts, *self._engine.text()]).encode() + generate_latest(self._process)
+        parts += [line for lines in self._further for line in lines()]
+        return "".join([*parts, *self.adapters.text(), *self._engine.text()]).encode() + generate_latest(self._process)
 
     def _family(self, name: str, kind: str, text: str) -> Family:
         family = Family(f"vllm:{name}", kind, text)

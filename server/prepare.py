@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from adapters_store.catalog import Catalog
@@ -35,8 +36,9 @@ async def prepare_adapters(config: ServerConfig, engine: Engine, store: AdapterS
     for name in config.preload:
         await _compile("--preload", name, store)
     refs = [await _compile("--pin", name, store) for name in config.pin]
-    check_fit(refs, engine.ready.adapter_bytes, config.engine.max_loaded_adapters)
-    pins = Pins(engine, store)
+    adapter_bytes, max_adapters = engine.ready.adapter_bytes, config.engine.max_loaded_adapters
+    check_fit(refs, adapter_bytes, max_adapters)
+    pins = Pins(engine, store, partial(fit_problem, adapter_bytes=adapter_bytes, max_adapters=max_adapters))
     for ref in refs:
         pins.add(ref)
     await _until_resident(refs, engine)
@@ -45,16 +47,23 @@ async def prepare_adapters(config: ServerConfig, engine: Engine, store: AdapterS
 
 def check_fit(refs: Iterable[AdapterRef], adapter_bytes: int, max_adapters: int) -> None:
     """Raises ConfigError, with the sizes, when these images can't all be on the device at once."""
+    if (problem := fit_problem(refs, adapter_bytes, max_adapters)) is not None:
+        raise ConfigError(f"--pin: {problem}")
+
+
+def fit_problem(refs: Iterable[AdapterRef], adapter_bytes: int, max_adapters: int) -> str | None:
+    """Why these images can't all be on the device at once, with the sizes; None when they can."""
     by_key = {ref.image_key: ref for ref in refs}
     total = sum(region_bytes(ref.data_bytes) for ref in by_key.values())
     if total > adapter_bytes:
         sizes = ", ".join(f"{ref.name} {format_bytes(region_bytes(ref.data_bytes))}" for ref in by_key.values())
-        raise ConfigError(
-            f"--pin: {format_bytes(total)} don't fit into the adapter memory of {format_bytes(adapter_bytes)} "
+        return (
+            f"{format_bytes(total)} don't fit into the adapter memory of {format_bytes(adapter_bytes)} "
             f"({sizes}); pin fewer or raise --adapter-memory"
         )
     if len(by_key) > max_adapters:
-        raise ConfigError(f"--pin: {len(by_key)} adapters are more than the {max_adapters} that can be loaded")
+        return f"{len(by_key)} adapters are more than the {max_adapters} that can be loaded"
+    return None
 
 
 async def _compile(flag: str, name: str, store: AdapterStore) -> AdapterRef:

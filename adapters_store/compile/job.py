@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -27,12 +29,13 @@ from adapters_store.sources.local import LocalSource
 
 ATTEMPTS = 5
 BACKOFF_S = 0.05
+_HASHING = ThreadPoolExecutor(1, thread_name_prefix="hashing")
 SETTLE_S = 2.0
 """files younger than this may still be on their way: what is wrong with them is looked at again"""
 
 
-class CompileJob(msgspec.Struct, frozen=True):
-    """What the compiler process is asked to do."""
+class CompileJob(msgspec.Struct, frozen=True, tag=True):
+    """What the compiler process is asked to compile."""
 
     version: SourceVersion
     images_dir: str
@@ -41,20 +44,26 @@ class CompileJob(msgspec.Struct, frozen=True):
     """where a remote adapter's files are, as fetched; None: the version's own folder"""
 
 
-class CompileResult(msgspec.Struct, frozen=True):
-    """The image that is now on disk; `ref.version` is of the files as read, maybe newer than asked for."""
+class CompileResult(msgspec.Struct, frozen=True, tag=True):
+    """The image that is now on disk; `version` is of the files as read, maybe newer than asked for."""
 
     ref: AdapterRef
+    version: SourceVersion
     is_new: bool
     """whether it was compiled now; False when these bytes had been compiled before, under whatever name"""
     fetch_s: float
     compile_s: float
 
 
-class _Fetched(msgspec.Struct):
+class AdapterFiles(msgspec.Struct):
+    """The bytes of an adapter's files, and which version they are."""
+
     version: SourceVersion
     files: dict[str, memoryview]
     digest: str
+    check: Callable[[], object]
+    """RawDamaged when they are not what the digest is of. It waits for a thread that hashes them meanwhile: nothing
+    of them is kept, and nothing that is wrong with them is said, before that"""
 
 
 def run_job(job: CompileJob, manifest: BaseManifest, base: BaseWeights) -> CompileResult:
@@ -63,11 +72,11 @@ def run_job(job: CompileJob, manifest: BaseManifest, base: BaseWeights) -> Compi
     A set of files that changed while it was read is torn, and is read anew. So is one that is wrong but
     was written moments ago and changes meanwhile.
     """
-    source = LocalSource(Path(job.version.source)) if job.folder is None else RawFolder(Path(job.folder))
+    source = _source_of(job.version, job.folder)
     for attempt in range(ATTEMPTS):
         started = time.perf_counter()
         try:
-            fetched = _fetch_once(source, job)
+            fetched = _fetch_once(source, job.version, job.limits)
             fetch_s = time.perf_counter() - started
             header, path, is_new = _compile(fetched, job, manifest, base)
         except FileChanged:
@@ -78,39 +87,69 @@ def run_job(job: CompileJob, manifest: BaseManifest, base: BaseWeights) -> Compi
                 continue
             raise
         ref = _ref_of(fetched, header, path)
-        return CompileResult(ref, is_new, fetch_s, time.perf_counter() - started - fetch_s)
+        return CompileResult(ref, fetched.version, is_new, fetch_s, time.perf_counter() - started - fetch_s)
     raise AdapterUnavailable(f"the files of adapter {job.version.name} keep changing while they are read; try again")
 
 
-def _fetch_once(source: LocalSource | RawFolder, job: CompileJob) -> _Fetched:
-    """The files as they are now; FileChanged when they are torn."""
-    version = source.again(job.version)
+def read_files_of(asked: SourceVersion, limits: Limits, folder: str | None) -> AdapterFiles:
+    """The files of an adapter as they are now, of a remote one as fetched to `folder`.
+
+    FileChanged when they are torn, AdapterNotFound when there is none any more, AdapterTooLarge before any is read.
+    """
+    read = _fetch_once(_source_of(asked, folder), asked, limits)
+    read.check()
+    return read
+
+
+def _source_of(version: SourceVersion, folder: str | None) -> LocalSource | RawFolder:
+    return LocalSource(Path(version.source)) if folder is None else RawFolder(Path(folder))
+
+
+def _fetch_once(source: LocalSource | RawFolder, asked: SourceVersion, limits: Limits) -> AdapterFiles:
+    version = source.again(asked)
     if version is None:
-        raise AdapterNotFound(f"The model {job.version.name!r} does not exist (any more).")
+        raise AdapterNotFound(f"The model {asked.name!r} does not exist (any more).")
     read = [file for file in version.files if file.name in READ_FILES]
-    job.limits.check_files(read)
+    limits.check_files(read)
     files = {file.name: source.read(version, file) for file in read}
     if source.again(version) != version:
-        raise FileChanged(job.version.name)
-    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        raise FileChanged(asked.name)
+    check: Callable[[], object] = _is_sound
     if isinstance(source, RawFolder):
-        source.check(version, sha256)
+        noted = source.noted(version)
+        sha256 = {name: noted.get(name, "") for name in files}
+        check = _HASHING.submit(lambda contents: source.check(version, _sha256(contents)), files.copy()).result
+    else:
+        sha256 = _sha256(files)
     if any(file.name == PICKLE_FILE for file in version.files):
         files[PICKLE_FILE] = memoryview(b"")  # its presence is known, its content is never read
-    return _Fetched(version, files, digest_of(sha256))
+    return AdapterFiles(version, files, digest_of(sha256), check)
+
+
+def _sha256(files: Mapping[str, memoryview]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def _is_sound() -> None:
+    """The check of files whose digest was taken from themselves."""
 
 
 def _compile(
-    fetched: _Fetched, job: CompileJob, manifest: BaseManifest, base: BaseWeights
+    fetched: AdapterFiles, job: CompileJob, manifest: BaseManifest, base: BaseWeights
 ) -> tuple[ImageHeader, Path, bool]:
     """The image of these bytes: the one on disk when it is whole, else compiled now."""
     image_key = image_key_of(fetched.digest, manifest.digest, COMPILER_VERSION, manifest.dtype)
     path = Path(job.images_dir) / f"{image_key}{SUFFIX}"
     try:
-        return read_header(path), path, False
+        header = read_header(path)
+        fetched.check()
+        return header, path, False
     except (FileNotFoundError, AdapterCorrupt):
         pass
-    compiled = compile_adapter(fetched.files, manifest, job.limits, base)
+    try:
+        compiled = compile_adapter(fetched.files, manifest, job.limits, base)
+    finally:
+        fetched.check()
     header = write_image(
         path,
         compiled.sites,
@@ -123,7 +162,7 @@ def _compile(
     return header, path, True
 
 
-def _ref_of(fetched: _Fetched, header: ImageHeader, path: Path) -> AdapterRef:
+def _ref_of(fetched: AdapterFiles, header: ImageHeader, path: Path) -> AdapterRef:
     return AdapterRef(
         name=fetched.version.name,
         version=fetched.version.key,

@@ -82,15 +82,15 @@ class LR:
 
     def lower_tied_head(self, head: Site, embedding: SiteTensors) -> LoweredSite:
         """The head's delta of an adapter whose embedding LoRA is tied to it (PEFT's ensure_weight_tying)."""
-        a, b = self._factors(embedding, "embedding_A", "embedding_B")
+        a, b = self._wide_factors(embedding, "embedding_A", "embedding_B")
         rank = a.shape[0]
         scale = self._scale(head, rank)
         return LoweredSite(head, rank, self._cast(b.T, "lora_embedding_B"), self._cast(a.T * scale, "lora_embedding_A"))
 
     def is_tied(self, head: SiteTensors, embedding: SiteTensors) -> bool:
         """Whether the head's own factors are the embedding's, transposed."""
-        a, b = self._factors(embedding, "embedding_A", "embedding_B")
-        head_a, head_b = self._factors(head, "A", "B")
+        a, b = self._wide_factors(embedding, "embedding_A", "embedding_B")
+        head_a, head_b = self._wide_factors(head, "A", "B")
         return np.array_equal(head_a, b.T) and np.array_equal(head_b, a.T)
 
     def _lower_factors(self, lowered: LoweredSite, found: SiteTensors, a_role: Role, b_role: Role) -> None:
@@ -100,17 +100,22 @@ class LR:
         scale = self._scale(site, lowered.rank)
         if site.kind == "embedding":
             a, scale = a.T, scale * np.float32(site.output_scale)
-        lowered.a = self._cast(a, f"tensor {shown(found.names[a_role])}")
-        lowered.b = self._cast(b * scale, f"tensor {shown(found.names[b_role])} times its scale {scale:g}")
+        lowered.a = self._scaled(found.names[a_role], a, np.float32(1))
+        lowered.b = self._scaled(found.names[b_role], b, scale)
 
-    def _factors(self, found: SiteTensors, a_role: Role, b_role: Role) -> tuple[F32Array, F32Array]:
-        """A [r, K] and B [N, r] as float32, checked against the site and the config."""
+    def _wide_factors(self, found: SiteTensors, a_role: Role, b_role: Role) -> tuple[F32Array, F32Array]:
+        """A [r, K] and B [N, r] as float32, checked."""
+        self._factors(found, a_role, b_role)
+        return self._read(found.names[a_role]), self._read(found.names[b_role])
+
+    def _factors(self, found: SiteTensors, a_role: Role, b_role: Role) -> tuple[Array, Array]:
+        """A [r, K] and B [N, r] as they are stored, checked against the site and the config."""
         site = found.site
         for role, other in ((a_role, b_role), (b_role, a_role)):
             if role not in found.names:
                 raise AdapterInvalid(f"tensor {shown(found.names[other])} has no {_LABELS[role]} beside it")
         a_name, b_name = found.names[a_role], found.names[b_role]
-        a, b = self._read(a_name), self._read(b_name)
+        a, b = self._tensors.array(a_name), self._tensors.array(b_name)
         if a.ndim != 2 or a.shape[1] != site.in_features:
             raise _wrong_shape(a_name, a, f"[r, {site.in_features}]", site)
         if b.ndim != 2 or b.shape[0] != site.out_features:
@@ -177,17 +182,38 @@ class LR:
 
     def _read(self, name: str) -> F32Array:
         array = self._tensors.array(name)
-        stored = self._tensors.header.entry(name).dtype
-        if not is_finite(array, stored):
+        self._check_finite(name, array)
+        return widen(array, self._tensors.header.entry(name).dtype)
+
+    def _check_finite(self, name: str, array: Array) -> None:
+        if not is_finite(array, self._tensors.header.entry(name).dtype):
             raise AdapterInvalid(f"tensor {shown(name)} has NaN or infinite values")
-        return widen(array, stored)
+
+    def _scaled(self, name: str, array: Array, scale: np.float32) -> Array:
+        """Elements of a tensor times `scale` in the serving dtype, rounded once; the stored ones where that is none.
+
+        AdapterInvalid when they are not finite, or become so there.
+        """
+        stored = self._tensors.header.entry(name).dtype
+        if stored == self._stored and scale == 1:
+            self._check_finite(name, array)
+            return array
+        values = widen(array, stored)
+        cast = narrow(values if scale == 1 else values * scale, self._stored)
+        if not is_finite(cast, self._stored):
+            self._check_finite(name, array)
+            raise self._overflow(f"tensor {shown(name)}" + ("" if scale == 1 else f" times its scale {scale:g}"))
+        return cast.astype(numpy_dtype(self._stored), copy=False)
 
     def _cast(self, values: F32Array, what: str) -> Array:
         """Round once to the serving dtype; AdapterInvalid when a value becomes infinite there."""
         cast = narrow(values, self._stored)
         if not is_finite(cast, self._stored):
-            raise AdapterInvalid(f"{what} has values that {self._base_dtype} can't hold")
+            raise self._overflow(what)
         return cast.astype(numpy_dtype(self._stored), copy=False)
+
+    def _overflow(self, what: str) -> AdapterInvalid:
+        return AdapterInvalid(f"{what} has values that {self._base_dtype} can't hold")
 
 
 _LABELS: dict[Role, str] = {
@@ -212,7 +238,7 @@ def _factor_roles(found: SiteTensors) -> tuple[Role, Role]:
     return ours
 
 
-def _wrong_shape(name: str, array: F32Array, expected: str, site: Site) -> AdapterMismatch:
+def _wrong_shape(name: str, array: Array | F32Array, expected: str, site: Site) -> AdapterMismatch:
     return AdapterMismatch(
         f"tensor {shown(name)} has shape {list(array.shape)}; the base's {site.module} takes {expected}"
     )

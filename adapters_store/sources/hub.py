@@ -105,12 +105,12 @@ class HubSource:
         self.misnamed = sorted(name for name in names if name and not is_adapter_name(name))
         return sorted({name for name in names if name and is_adapter_name(name)})
 
-    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> None:
+    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> dict[str, str]:
         """See RemoteSource."""
         parts = version.path.split("/")
         assert version.source == self.source and parts in self._folders(version.name), version
         try:
-            await self._transfer.fetch(version, folder, limits, partial(self._read, parts), _checksum)
+            return await self._transfer.fetch(version, folder, limits, partial(self._read, parts), _checksum)
         except FileChanged:  # the commit may be gone
             self._last.pop(version.name, None)
             raise

@@ -13,14 +13,15 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import obstore
 from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import AzureStore, GCSStore, S3Store
+from obstore.store import AzureStore, GCSStore, MemoryStore, S3Store
 
+from adapters_store.disk_threads import submit_raw
 from adapters_store.errors import AdapterDenied, AdapterUnavailable
 from adapters_store.limits import Limits
 from adapters_store.ref import FileVersion, SourceVersion, is_adapter_name
@@ -28,7 +29,7 @@ from adapters_store.sources.endpoints import Endpoint, azure_endpoint, google_en
 from adapters_store.sources.folder import CONFIG_FILE, NOTED_FILES, FileChanged
 from adapters_store.sources.remote import RemoteOptions
 from adapters_store.sources.retry import Passing, within
-from adapters_store.sources.transfer import CHUNK_BYTES, Checksum, Part
+from adapters_store.sources.transfer import CHUNK_BYTES, Checksum, Part, all_of
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -37,10 +38,17 @@ if TYPE_CHECKING:
 Store = S3Store | GCSStore | AzureStore
 T = TypeVar("T")
 
+MAX_LISTED = 500
+"""Objects below a folder that are listed to see its files; where there are more, each file is asked for by name."""
+
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z]{1,64})</Code>")
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class UnlistableKey(AdapterUnavailable):
+    """A key that obstore takes for no path is among those listed."""
 
 
 class ObjectSource:
@@ -61,12 +69,13 @@ class ObjectSource:
         self._outlet = outlet
 
     async def resolve(self, name: str) -> SourceVersion | None:
-        """See RemoteSource; one LIST, which has size, ETag and date of every file."""
+        """See RemoteSource; one LIST, which has size, ETag and date of every file, or a HEAD for each."""
         if not is_adapter_name(name):
             return None
         for folder in self._folders(name):
-            listed = await self._retry.run(self.source, partial(self._list_folder, folder))
-            files = {Path(found["path"]).name: found for found in listed}
+            files = await self._retry.run(self.source, partial(self._list_folder, folder))
+            if files is None:
+                files = await self._ask_for_each(folder)
             if CONFIG_FILE in files:
                 noted = tuple(_version(file, files[file]) for file in NOTED_FILES if file in files)
                 return SourceVersion(self.source, name, folder, noted)
@@ -81,24 +90,55 @@ class ObjectSource:
         self.misnamed = sorted(name for name in names if name and not is_adapter_name(name))
         return sorted({name for name in names if is_adapter_name(name)})
 
-    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> None:
+    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> dict[str, str]:
         """See RemoteSource."""
         assert version.source == self.source and version.path in self._folders(version.name), version
-        await self._transfer.fetch(version, folder, limits, partial(self._read, version.path), self._checksum)
+        return await self._transfer.fetch(version, folder, limits, partial(self._read, version.path), self._checksum)
 
     async def close(self) -> None:
         """obstore's connections close with it."""
         self._outlet.close()
 
-    async def _list_folder(self, folder: str) -> list[ObjectMeta]:
+    async def _list_folder(self, folder: str) -> dict[str, ObjectMeta] | None:
+        """The files of a folder by name; None where a bounded look does not show all of them.
+
+        The listing goes into folders below: one that stays out of them can't be ended early, and a client may name
+        a folder with millions of objects.
+        """
+        pages = aiter(obstore.list(self._store, folder or None, chunk_size=MAX_LISTED))
         try:
             async with self._told_apart():
-                result = await within(
-                    self._read_timeout_s, obstore.list_with_delimiter_async(self._store, folder or None)
-                )
+                listed = await self._next(pages) or []
         except FileNotFoundError:
-            return []
-        return list(result["objects"])
+            return {}
+        except UnlistableKey:
+            return None
+        if len(listed) >= MAX_LISTED:
+            return None
+        return {_file(found["path"]): found for found in listed if _folder(found["path"]) == folder}
+
+    async def _ask_for_each(self, folder: str) -> dict[str, ObjectMeta]:
+        """The noted files of a folder by name, its config first: most large folders are no adapters."""
+        names = [name for name in NOTED_FILES if name != CONFIG_FILE]
+        config = await self._head(folder, CONFIG_FILE)
+        if config is None:
+            return {}
+        found = await all_of(self._head(folder, name) for name in names)
+        return {CONFIG_FILE: config} | {name: meta for name, meta in zip(names, found, strict=True) if meta is not None}
+
+    async def _head(self, folder: str, name: str) -> ObjectMeta | None:
+        """What the store says of one file, without its version: that needs further rights to be read."""
+        path = f"{folder}/{name}" if folder else name
+
+        async def ask() -> ObjectMeta:
+            async with self._told_apart(name):
+                return await within(self._read_timeout_s, obstore.head_async(self._store, path))
+
+        try:
+            meta = await self._retry.run(f"{name} below {self.source}", ask)
+        except FileNotFoundError:
+            return None
+        return {**meta, "version": None}
 
     async def _list_all(self) -> set[str]:
         """Every folder at or below the prefix that has a config."""
@@ -108,7 +148,7 @@ class ObjectSource:
             async with self._told_apart():
                 while (page := await self._next(pages)) is not None:
                     paths = [meta["path"] for meta in page]
-                    folders |= {_folder(path) for path in paths if path.rpartition("/")[2] == CONFIG_FILE}
+                    folders |= {_folder(path) for path in paths if _file(path) == CONFIG_FILE}
         except FileNotFoundError:
             pass
         return folders
@@ -153,7 +193,7 @@ class ObjectSource:
         try:
             yield
         except InvalidPathError:
-            raise AdapterUnavailable(
+            raise UnlistableKey(
                 f"{self.source}: a key there has an empty, '.' or '..' part, which can't be listed"
             ) from None
         except BaseError as error:
@@ -184,12 +224,19 @@ class ObjectSource:
         return [*itself, f"{self._prefix}/{name}" if self._prefix else name]
 
 
+@cache
+def _start_threads() -> None:
+    """obstore's own, which it keeps: of the priority of the thread that asks first."""
+    submit_raw(lambda: obstore.put(MemoryStore(), "first", b"")).result()
+
+
 def open_objects(scheme: str, bucket: str, prefix: str, options: RemoteOptions) -> ObjectSource:
     """The source s3://BUCKET/PREFIX (or gs, az). Endpoint and credentials come from the environment only.
 
     ValueError for an http endpoint that was not allowed, and for what the store's library can't take.
     """
     source = f"{scheme}://{bucket}" + (f"/{prefix}" if prefix else "")
+    _start_threads()
     outlet = socket.socket()
     outlet.bind(("127.0.0.1", 0))
     try:
@@ -223,6 +270,10 @@ def _is_same(noted: FileVersion, found: ObjectMeta) -> bool:
 
 def _folder(path: str) -> str:
     return path.rpartition("/")[0]
+
+
+def _file(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _store(scheme: str, bucket: str, endpoint: Endpoint, options: RemoteOptions, dead_port: int) -> Store:

@@ -35,8 +35,10 @@ class RemoteSource(Protocol):
     async def names(self) -> list[str] | None:
         """The names of all adapters below the prefix now, sorted; None where the store can't list."""
 
-    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> None:
+    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> dict[str, str]:
         """Write the files of `version` that the server reads into `folder`, which exists and is empty.
+
+        Returns the sha256 of those whose content was hashed as it came, by name.
 
         Never the pickle. Raises AdapterTooLarge before the first byte, FileChanged when a file is another one
         by now, AdapterCorrupt when a checksum that the store gives does not match, OSError when the disk

@@ -17,6 +17,7 @@ from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
 from adapters_store.limits import Limits
 from adapters_store.ref import FileVersion, SourceVersion
 from adapters_store.sources.folder import READ_FILES, TEMPLATE_FILES
+from adapters_store.sources.hashing import FileHashes
 from adapters_store.sources.retry import Passing, Retry
 
 CHUNK_BYTES = 256 << 10
@@ -60,8 +61,8 @@ class Part:
     is_whole_file: bool
     told: dict[str, Checksum]
     """by file name: checksums of whole files that came with an answer; the reader adds to it"""
-    note_bytes: Callable[[int], None]
-    """told of each piece that was written"""
+    note_bytes: Callable[[int, int], None]
+    """told of each piece that was written: where it starts and where it stops"""
 
     async def write(self, data: Any) -> None:
         """The next bytes (any buffer). Passing when there are more than were asked for: none of those is written."""
@@ -77,8 +78,8 @@ class Part:
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([writing])
             raise
-        self.position += len(view)
-        self.note_bytes(len(view))
+        start, self.position = self.position, self.position + len(view)
+        self.note_bytes(start, self.position)
 
 
 class RangesIgnored(Exception):
@@ -100,6 +101,7 @@ class Transfer:
     parts_in_flight: int
     min_bytes_per_s: int
     grace_s: float
+    min_part_bytes: int = 2 << 20
 
     async def fetch(
         self,
@@ -108,8 +110,8 @@ class Transfer:
         limits: Limits,
         read: Read,
         checksums: Callable[[FileVersion], Checksum | None],
-    ) -> None:
-        """Bring what the server reads of `version` into `folder`; RemoteSource.fetch says how it ends.
+    ) -> dict[str, str]:
+        """Bring what the server reads of `version` into `folder`; RemoteSource.fetch says what it gives and raises.
 
         `checksums`: what the noted version of a file says of its content.
         """
@@ -120,7 +122,7 @@ class Transfer:
         job = _Job(self, version, folder, read, checksums, floor, asyncio.Semaphore(self.parts_in_flight))
         try:
             async with floor.deadline:
-                await job.bring(files)
+                return await job.bring(files)
         except TimeoutError:
             raise AdapterUnavailable(
                 f"{version.name} of {version.source} comes too slowly: {floor.num_bytes} of {total} bytes "
@@ -159,15 +161,16 @@ class _Job:
     floor: _Floor
     free: asyncio.Semaphore
     told: dict[str, Checksum] = field(default_factory=dict)
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)  # of each file that is here, by algorithm
 
-    async def bring(self, files: list[FileVersion]) -> None:
-        """All files, whole and checked."""
+    async def bring(self, files: list[FileVersion]) -> dict[str, str]:
+        """All files, whole and checked; the sha256 of each by name."""
         pending = files
         for _ in range(FILE_TRIES):
             await all_of(self._bring_file(file) for file in pending)
             pending = await in_raw_thread(self._differing, files)
             if not pending:
-                return
+                return {file.name: self.digests[file.name]["sha256"] for file in files}
         raise AdapterCorrupt(
             f"{pending[0].name} of {self.version.name} from {self.version.source} differs from the checksum that "
             f"the store gives, {FILE_TRIES} times in a row"
@@ -180,25 +183,51 @@ class _Job:
         for file in files:
             checksum = self.told.get(file.name) or self.checksums(file)
             if checksum is not None:
-                (guessed if checksum.is_guess else fits)[file] = checksum.fits(self.folder / file.name)
+                found = self.digests[file.name].get(checksum.algorithm)
+                is_right = checksum.fits(self.folder / file.name) if found is None else found == checksum.hexdigest
+                (guessed if checksum.is_guess else fits)[file] = is_right
         if any(guessed.values()):
             fits |= guessed
         return [file for file, is_right in fits.items() if not is_right]
 
     async def _bring_file(self, file: FileVersion) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         with ExitStack() as opened:
             descriptor = os.open(self.folder / file.name, flags, 0o600)
             opened.callback(os.close, descriptor)
-            size, step = file.size, self.transfer.part_bytes
+            size, step = file.size, self._part_bytes(file.size)
             ends = [(start, min(start + step, size)) for start in range(0, size, step)]
             try:
-                await all_of(self._bring_part(file, start, stop, descriptor) for start, stop in ends)
+                await self._bring_parts(file, ends, descriptor)
             except RangesIgnored:
-                await self._bring_part(file, 0, size, descriptor)
+                await self._bring_parts(file, [(0, size)], descriptor)
 
-    async def _bring_part(self, file: FileVersion, start: int, stop: int, descriptor: int) -> None:
-        part = Part(file, start, stop, descriptor, (start, stop) == (0, file.size), self.told, self.floor.note_bytes)
+    def _part_bytes(self, file_bytes: int) -> int:
+        """Of a file of several parts so small that most of it is hashed while the last ones come."""
+        if file_bytes <= self.transfer.part_bytes:
+            return self.transfer.part_bytes
+        share = -(-file_bytes // (2 * self.transfer.parts_in_flight))
+        return min(self.transfer.part_bytes, max(share, self.transfer.min_part_bytes))
+
+    async def _bring_parts(self, file: FileVersion, ends: list[tuple[int, int]], descriptor: int) -> None:
+        noted = self.checksums(file)
+        expected = {noted.algorithm} & hashlib.algorithms_available if noted is not None else set()
+        hashes = FileHashes(descriptor, sorted(expected | {"sha256"}))
+
+        def note(start: int, stop: int) -> None:
+            self.floor.note_bytes(stop - start)
+            hashes.note(start, stop)
+
+        try:
+            await all_of(self._bring_part(file, start, stop, descriptor, note) for start, stop in ends)
+            self.digests[file.name] = await hashes.finish()
+        finally:
+            await hashes.stop()
+
+    async def _bring_part(
+        self, file: FileVersion, start: int, stop: int, descriptor: int, note: Callable[[int, int], None]
+    ) -> None:
+        part = Part(file, start, stop, descriptor, (start, stop) == (0, file.size), self.told, note)
         async with self.free:
             what = f"{file.name} of {self.version.name} from {self.version.source}"
             await self.transfer.retry.run(what, partial(self._attempt, part), progress=lambda: part.position)

@@ -214,10 +214,10 @@ class WebSource:
         self.misnamed = [name for name in listed if not is_adapter_name(name)]
         return sorted({name for name in listed if is_adapter_name(name)})
 
-    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> None:
+    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> dict[str, str]:
         """See RemoteSource."""
         assert version.source == self.source and version.path in self._folders(version.name), version
-        await self._transfer.fetch(version, folder, limits, partial(self._read, version.path), lambda _: None)
+        return await self._transfer.fetch(version, folder, limits, partial(self._read, version.path), lambda _: None)
 
     async def close(self) -> None:
         await self._web.close()

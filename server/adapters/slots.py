@@ -3,8 +3,8 @@
     image:   absent ──start──▶ LOADING ──poll──▶ READY ──evict / drop──▶ absent
                                   └──failed──▶ absent (not remembered: the next acquire tries again)
 
-A READY image with refs is never touched. One without is idle: least recently used first, it is
-evicted for a newcomer, or moved to close a gap.
+A READY image with refs is never touched. One without is idle: least recently used first, those that
+requests are in line for after all others, it is evicted for a newcomer, or moved to close a gap.
 A pinned one is moved, never evicted. All calls come from the engine thread, between steps;
 a ref is released only after the last step that used it was collected, so no step in flight ever reads
 a region that is freed, moved or loaded into here.
@@ -18,11 +18,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from adapters_store.errors import AdapterTooLarge
 from adapters_store.ref import AdapterRef
+from server.adapters.gaps import Gap, Image, choose_gap
 from server.adapters.regions import Regions, region_bytes
 from server.engine.messages import SlotChange
 from server.errors import ConfigError
@@ -55,37 +55,6 @@ class SlotDevice(Protocol):
         """Assert that the table has exactly these (slot, ref, offset)."""
 
 
-@dataclass(slots=True, eq=False)
-class _Image:
-    """An image in the arena. `slot`, `nbytes` (of its region) never change; `offset` only while idle."""
-
-    ref: AdapterRef
-    slot: int
-    offset: int
-    nbytes: int
-    load: Future[None] | None  # None = READY
-    refs: int = 0
-    pinned_until: float = 0.0  # while idle: not evicted before this time
-    is_prefetched: bool = False  # asked for by prefetch only: counts against the bound on prefetches
-    is_committed: bool = False  # has been READY
-    is_dropped: bool = False  # goes as soon as it is neither loading nor in use
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.nbytes
-
-
-@dataclass(slots=True, eq=False)
-class _Gap:
-    """The bytes between two regions that can't be moved, with the idle images in it, ascending."""
-
-    low: int
-    high: int
-    idle: list[_Image]
-    free: int = 0
-    victims: list[_Image] = field(default_factory=list)
-
-
 class AdapterSlots:
     """Slots 1 .. max_slots - 1 over an arena of bytes. Slot 0 is "no adapter". Identity is the image key.
 
@@ -94,6 +63,8 @@ class AdapterSlots:
     - a pin lasts `soft_pin_s` from the end of the load, or until the first acquire;
     - prefetches together pin at most half the bytes and half the slots;
     - while an acquire was answered FULL within the last `soft_pin_s`, nothing is prefetched.
+
+    A prefetch never evicts what requests are in line for: those that come for it would have to load it again.
     """
 
     def __init__(
@@ -112,12 +83,13 @@ class AdapterSlots:
         self._soft_pin_s = soft_pin_s
         self._max_slots = max_slots
         self._regions = Regions(arena_bytes)
-        self._images: dict[str, _Image] = {}  # by image key
-        self._by_slot: dict[int, _Image] = {}
-        self._loading: dict[str, _Image] = {}  # in order of start
-        self._idle: dict[str, _Image] = {}  # READY, no refs, not dropped; least recently used first
+        self._images: dict[str, Image] = {}  # by image key
+        self._by_slot: dict[int, Image] = {}
+        self._loading: dict[str, Image] = {}  # in order of start
+        self._idle: dict[str, Image] = {}  # READY, no refs, not dropped; least recently used first
         # first in, first out: a freed id comes back last, so a stale one meets an absent slot
         self._free_slots = deque(range(1, max_slots))
+        self._wanted: set[str] = set()  # image keys that requests are in line for
         self._pins: dict[str, AdapterRef] = {}  # never evicted; loaded as soon as there is room
         self._changes: list[SlotChange] = []
         self._unmet_until = 0.0  # no prefetch before: an acquire was answered FULL
@@ -161,6 +133,20 @@ class AdapterSlots:
         elif image.refs == 0:
             self._become_idle(image)
 
+    def want(self, image_key: str, is_wanted: bool) -> None:
+        """Whether requests are in line for an image: it then goes after those that nobody waits for."""
+        (self._wanted.add if is_wanted else self._wanted.discard)(image_key)
+
+    def is_ready(self, image_key: str) -> bool:
+        """Whether an acquire would be READY."""
+        image = self._images.get(image_key)
+        return image is not None and image.load is None
+
+    def makes_room(self, image_key: str, ref: AdapterRef) -> bool:
+        """Whether the region of a READY image, once it is idle, is enough for an absent one."""
+        image = self._images[image_key]
+        return image_key not in self._pins and image.nbytes >= region_bytes(ref.data_bytes)
+
     def prefetch(self, ref: AdapterRef) -> None:
         """Start a load that a waiting request will ask for, or pin its idle image; not under pressure."""
         now = self._clock()
@@ -170,7 +156,7 @@ class AdapterSlots:
         if not self._may_prefetch(ref, now):
             return
         if image is None:
-            image = self._start(ref)
+            image = self._start(ref, may_evict_wanted=False)
         else:
             self._leave_idle(image)
             self._become_idle(image)
@@ -269,7 +255,7 @@ class AdapterSlots:
 
     # --- transitions -------------------------------------------------------------------------------------
 
-    def _start(self, ref: AdapterRef) -> _Image | None:
+    def _start(self, ref: AdapterRef, *, may_evict_wanted: bool = True) -> Image | None:
         """Begin to load an absent image; None, with nothing changed, when there is no room."""
         nbytes = region_bytes(ref.data_bytes)
         if nbytes > self._regions.capacity:
@@ -277,11 +263,11 @@ class AdapterSlots:
                 f"adapter {ref.name!r} takes {nbytes} bytes on the device and the adapter memory is "
                 f"{self._regions.capacity} bytes; raise --adapter-memory"
             )
-        offset = self._make_room(nbytes, self._clock())
+        offset = self._make_room(nbytes, self._clock(), may_evict_wanted)
         if offset is None:
             return None
         slot = self._free_slots[0]
-        image = _Image(ref, slot, offset, nbytes, self._device.load(ref, slot, offset))
+        image = Image(ref, slot, offset, nbytes, self._device.load(ref, slot, offset))
         self._free_slots.popleft()
         self._regions.take(offset, nbytes)
         self._images[ref.image_key] = self._by_slot[slot] = self._loading[ref.image_key] = image
@@ -300,7 +286,7 @@ class AdapterSlots:
         self._pins.pop(key, None)
         self._changes.append(SlotChange(key, "failed", str(error)))
 
-    def _make_ready(self, image: _Image) -> None:
+    def _make_ready(self, image: Image) -> None:
         self._device.commit(image.ref, image.slot, image.offset)
         self._changes.append(SlotChange(image.ref.image_key, "ready"))
         self.loads += 1
@@ -308,15 +294,15 @@ class AdapterSlots:
         self._become_idle(image)
         image.pinned_until = self._clock() + self._soft_pin_s
 
-    def _become_idle(self, image: _Image) -> None:
+    def _become_idle(self, image: Image) -> None:
         self._idle[image.ref.image_key] = image  # the most recently used comes last
         self._full_until = 0.0
 
-    def _leave_idle(self, image: _Image) -> None:
+    def _leave_idle(self, image: Image) -> None:
         if self._idle.pop(image.ref.image_key, None) is not None:
             image.pinned_until = 0.0
 
-    def _forget(self, image: _Image) -> None:
+    def _forget(self, image: Image) -> None:
         """Free the slot and the region of an image that nobody uses and nobody loads."""
         assert image.refs == 0 and image.load is None, f"slot {image.slot} is in use"
         self._leave_idle(image)
@@ -328,11 +314,11 @@ class AdapterSlots:
         self._free_slots.append(image.slot)
         self._full_until = 0.0
 
-    def _evict(self, image: _Image) -> None:
+    def _evict(self, image: Image) -> None:
         self._forget(image)
         self.evictions += 1
 
-    def _move(self, image: _Image, offset: int) -> None:
+    def _move(self, image: Image, offset: int) -> None:
         assert image.refs == 0 and image.load is None, f"slot {image.slot} is in use"
         self._regions.free(image.offset)
         self._regions.take(offset, image.nbytes)
@@ -352,7 +338,7 @@ class AdapterSlots:
         is_slot_left = len(pinned) < max(1, (self._max_slots - 1) // 2)
         return is_slot_left and sum(pinned) + region_bytes(ref.data_bytes) <= self._regions.capacity // 2
 
-    def _make_room(self, nbytes: int, now: float) -> int | None:
+    def _make_room(self, nbytes: int, now: float, may_evict_wanted: bool) -> int | None:
         """The offset of a free region, with a slot free too; None, and nothing changed, if that can't be.
 
         Moves before it evicts, evicts the least recently used first, and no more than it must.
@@ -361,57 +347,28 @@ class AdapterSlots:
             return None
         if self._free_slots and (offset := self._regions.find(nbytes)) is not None:
             return offset
-        gap = self._choose_gap(nbytes, now)
-        coldest = next(self._evictable(now), None)
-        if gap is None or not (self._free_slots or coldest):
-            pins = (image.pinned_until for image in self._idle.values() if image.pinned_until > now)
-            self._full_bytes, self._full_until = nbytes, min(pins, default=math.inf)
+        evictable = self._evictable(now, may_evict_wanted)
+        gap = choose_gap(self._images.values(), self._regions.capacity, nbytes, evictable)
+        if gap is None or not (self._free_slots or evictable):
+            if may_evict_wanted:
+                pins = (image.pinned_until for image in self._idle.values() if image.pinned_until > now)
+                self._full_bytes, self._full_until = nbytes, min(pins, default=math.inf)
             return None
-        if coldest is not None and not self._free_slots and not gap.victims:
-            self._evict(coldest)
-            return self._make_room(nbytes, now)
+        if evictable and not self._free_slots and not gap.victims:
+            self._evict(evictable[0])
+            return self._make_room(nbytes, now, may_evict_wanted)
         self._empty(gap)
         return self._close_up(gap, nbytes)
 
-    def _evictable(self, now: float) -> Iterator[_Image]:
-        return (image for key, image in self._idle.items() if image.pinned_until <= now and key not in self._pins)
+    def _evictable(self, now: float, may_evict_wanted: bool) -> list[Image]:
+        """The idle images that may go, in the order in which they do."""
+        free = [image for key, image in self._idle.items() if image.pinned_until <= now and key not in self._pins]
+        unwanted = [image for image in free if image.ref.image_key not in self._wanted]
+        if not may_evict_wanted or len(unwanted) == len(free):
+            return unwanted
+        return unwanted + [image for image in free if image.ref.image_key in self._wanted]
 
-    def _choose_gap(self, nbytes: int, now: float) -> _Gap | None:
-        """The gap that first comes to `nbytes` free bytes as idle images go in LRU order, its victims set."""
-        gaps = self._gaps()
-        chosen = next((gap for gap in gaps if gap.free >= nbytes), None)
-        gap_of = {image.slot: gap for gap in gaps for image in gap.idle}
-        for image in self._evictable(now):
-            if chosen is not None:
-                break
-            gap = gap_of[image.slot]
-            gap.victims.append(image)
-            gap.free += image.nbytes
-            chosen = gap if gap.free >= nbytes else None
-        if chosen is None:
-            return None
-        for image in reversed(chosen.victims[:-1]):  # a large last one may have made earlier ones needless
-            if chosen.free - image.nbytes >= nbytes:
-                chosen.victims.remove(image)
-                chosen.free -= image.nbytes
-        return chosen
-
-    def _gaps(self) -> list[_Gap]:
-        """The arena cut at the regions in use or loading, in address order."""
-        gaps: list[_Gap] = []
-        low, idle = 0, list[_Image]()
-        for image in sorted(self._images.values(), key=lambda image: image.offset):
-            if image.ref.image_key in self._idle:
-                idle.append(image)
-            else:
-                gaps.append(_Gap(low, image.offset, idle))
-                low, idle = image.end, []
-        gaps.append(_Gap(low, self._regions.capacity, idle))
-        for gap in gaps:
-            gap.free = gap.high - gap.low - sum(image.nbytes for image in gap.idle)
-        return gaps
-
-    def _empty(self, gap: _Gap) -> None:
+    def _empty(self, gap: Gap) -> None:
         """Rid the gap of its victims: to a free place elsewhere if there is one, else for good."""
         for image in gap.victims:
             gap.idle.remove(image)
@@ -421,11 +378,11 @@ class AdapterSlots:
             else:
                 self._move(image, elsewhere)
 
-    def _find_outside(self, gap: _Gap, nbytes: int) -> int | None:
+    def _find_outside(self, gap: Gap, nbytes: int) -> int | None:
         below = self._regions.find(nbytes, 0, gap.low)
         return below if below is not None else self._regions.find(nbytes, gap.high)
 
-    def _close_up(self, gap: _Gap, nbytes: int) -> int:
+    def _close_up(self, gap: Gap, nbytes: int) -> int:
         """Slide the gap's idle images down, one by one, until `nbytes` in a row are free."""
         cursor = gap.low
         for image in gap.idle:

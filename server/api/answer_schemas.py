@@ -107,7 +107,10 @@ CHUNKS = {  # the events' data, by the components' names
 }
 
 MODEL = object_of({"id": STRING, "object": {"const": "model"}, "created": _COUNT, "owned_by": STRING})
-ADAPTER = object_of({"name": STRING, "version": STRING, "disk": object_of({"state": STRING}), "uses": _COUNT})
+ADAPTER = object_of({"name": STRING, "version": nullable(STRING), "disk": object_of({"state": STRING}), "uses": _COUNT})
+ADAPTER_REPORT = object_of(
+    {"object": {"const": "adapter.report"}, "is_served": {"const": True}, "bytes": object_of({"device": _COUNT})}
+)
 TOKENS = object_of(
     {"count": _COUNT, "max_model_len": _COUNT, "tokens": _array(_COUNT), "token_strs": nullable(_array(STRING))}
 )

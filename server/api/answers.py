@@ -17,6 +17,8 @@ from server.api.sse import DONE, Frames
 from server.engine.messages import TokenLogprobs
 from server.text.pieces import Pieces
 
+IDENTITY_HEADERS = ("x-multilora-adapter-version", "x-multilora-adapter-digest", "x-multilora-image-key")
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -48,9 +50,9 @@ class Answer:
         self._logprobs = None if num_top is None else self._format(num_top)
 
     def headers(self) -> dict[str, str]:
-        """Which image answered; nothing for the base. Known from the first part on."""
-        image_key = self.generation.image_key
-        return {"x-multilora-image-key": image_key} if image_key else {}
+        """Which version and image answered; nothing for the base. Known from the first part on."""
+        ref = self.generation.ref
+        return {} if ref is None else dict(zip(IDENTITY_HEADERS, (ref.version, ref.digest, ref.image_key), strict=True))
 
     async def whole(self) -> bytes:
         """The body of an answer that is not streamed."""

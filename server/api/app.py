@@ -20,6 +20,7 @@ from server.api.cors import Cors
 from server.api.errors import body_of, error_response, error_type, json_response, shown
 from server.api.gate import Gate
 from server.api.health import health_routes
+from server.api.manage import manage_routes
 from server.api.models import model_routes
 from server.api.openapi import OPERATIONS, openapi_routes
 from server.api.routes import generation_routes
@@ -39,6 +40,8 @@ def create_app(state: ServerState) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(service.stall.watch(), name="stall watch")
+        if service.desired is not None:
+            await service.desired.start()
         yield
         watching.cancel()
         await service.close()
@@ -55,6 +58,7 @@ def create_app(state: ServerState) -> ASGIApp:
     app.include_router(tokenize_routes(service))
     app.include_router(model_routes(service))
     app.include_router(adapter_routes(service))
+    app.include_router(manage_routes(service))
     app.include_router(health_routes(service))
     app.include_router(openapi_routes(app, service))
     app.add_exception_handler(ServerError, _on_error)

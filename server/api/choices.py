@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
-from adapters_store.errors import AdapterCorrupt
+from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
+from adapters_store.ref import AdapterRef
 from server.api.errors import RequestFailed
 from server.api.meter import RequestMeter
 from server.api.supply import Hold, Target
@@ -74,7 +75,7 @@ class _Told:
     """What the first event of a choice told. What is of the prompt, its choices share."""
 
     num_cached: int = 0
-    image_key: str = ""
+    ref: AdapterRef | None = None  # which image answers; None: the base
     phases: dict[str, float] = field(default_factory=dict)
     prompt_logprobs: list[TokenLogprobs] | None = None
     echo: tuple[str, list[Scored]] = ("", [])  # the prompt's text, and its tokens if they have logprobs
@@ -121,7 +122,7 @@ class Choice:
         try:
             if self._scorer is not None:
                 await self._scorer.is_told.wait()  # it ends without: so does the generation, and this with it
-            hold = self._supply.hold(self.job.target.version)
+            hold = self._supply.hold(self.job.target)
             async with aclosing(self._engine.generate(self._add_request(hold))) as events:
                 # No await from here to the first event's: the request must reach the engine before the news
                 # of its adapter can.
@@ -181,8 +182,9 @@ class Choice:
     def _take(self, event: RequestOutput, hold: Hold) -> Part:
         """One event's part; the first event also brings what is told once."""
         if event.error is not None:
-            if event.error.code == AdapterCorrupt.code:
-                self._supply.discard(hold)
+            if event.error.code == AdapterCorrupt.code and hold.ref is not None:
+                self._supply.discard(hold)  # the image of a sound adapter: the next request compiles it anew
+                raise RequestFailed(RequestError(503, AdapterUnavailable.code, f"{event.error.message}; try again", 1))
             raise RequestFailed(event.error)
         if event.finish_reason == "abort":
             raise RequestFailed(RequestError(503, "request_aborted", "The server ended this request."))
@@ -207,13 +209,14 @@ class Choice:
     def _start(self, event: RequestOutput, hold: Hold) -> None:
         ttft_s = time.time() - self.job.arrival_s
         told = self.told
-        told.image_key = hold.ref.image_key if hold.ref is not None else ""
+        told.ref = hold.ref
         told.num_cached = event.num_cached_tokens or 0
         told.prompt_logprobs = event.prompt_logprobs if self._scorer is None else self._scorer.told.prompt_logprobs
         if self.job.target.version is not None:
             told.phases["resolve_s"] = self.job.target.resolve_s
         told.phases |= hold.phases | (event.phases or {}) | {"ttft_s": ttft_s}
-        self._meter.start(image_key=told.image_key, num_cached=told.num_cached, phases=told.phases)
+        image_key = "" if told.ref is None else told.ref.image_key
+        self._meter.start(image_key=image_key, num_cached=told.num_cached, phases=told.phases)
 
     async def _first(self, part: Part) -> Part:
         """The first part, the prompt before it if the answer begins with that. What is told is then complete."""
@@ -275,9 +278,9 @@ class Generation:
         return any(choice.is_told.is_set() for choice in self.choices)
 
     @property
-    def image_key(self) -> str:
-        """Which image answers; empty for the base, and before the first part."""
-        return next((choice.told.image_key for choice in self.choices if choice.told.image_key), "")
+    def ref(self) -> AdapterRef | None:
+        """Which image answers; None for the base, and before the first part."""
+        return next((choice.told.ref for choice in self.choices if choice.told.ref is not None), None)
 
     def parts(self) -> AsyncGenerator[Part, None]:
         """Every choice's parts as they come; each choice's last has its finish_reason. Close it, as Choice.parts."""

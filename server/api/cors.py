@@ -9,10 +9,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from server.api.answers import IDENTITY_HEADERS
 from server.api.errors import body_of, json_response
 from server.api.gate import identify
 
-_EXPOSED = ("x-request-id", "x-multilora-image-key", "retry-after")
+_EXPOSED = ("x-request-id", *IDENTITY_HEADERS, "retry-after")
 
 
 class Cors(CORSMiddleware):
@@ -22,7 +23,7 @@ class Cors(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=list(_EXPOSED),
         )

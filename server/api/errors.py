@@ -79,10 +79,10 @@ def error_type(status: int) -> str:
     return "server_error" if status >= 500 else "invalid_request_error"
 
 
-def error_body(error: ServerError | AdapterError) -> bytes:
-    """The JSON body of `error`."""
+def error_body(error: ServerError | AdapterError, field: str = "model") -> bytes:
+    """The JSON body of `error`; `field`: what named the adapter."""
     if isinstance(error, AdapterError):
-        return body_of(error.message, error_type(error.http_status), "model", error.code)
+        return body_of(error.message, error_type(error.http_status), field, error.code)
     return body_of(error.message, error.type, error.param, error.code)
 
 
@@ -91,9 +91,9 @@ def body_of(message: str, kind: str, param: str | None, code: str) -> bytes:
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
-def error_response(error: ServerError | AdapterError) -> Response:
-    """The response for `error`; a 429 or 503 says when to try again."""
-    return json_response(error_body(error), error.http_status, _headers_of(error))
+def error_response(error: ServerError | AdapterError, field: str = "model") -> Response:
+    """The response for `error`; a 429 or 503 says when to try again. `field`: what named the adapter."""
+    return json_response(error_body(error, field), error.http_status, _headers_of(error))
 
 
 def dual_error(error: ServerError | AdapterError) -> Response:

@@ -20,10 +20,12 @@ def foreign_header(headers: Headers, allowed_origins: Sequence[str]) -> str | No
     hosts = headers.getlist("host")
     if len(hosts) != 1 or not _is_local(f"//{hosts[0]}"):
         return "host"
-    for origin in headers.getlist("origin"):
-        if origin not in allowed_origins and not _is_local(origin):
-            return "origin"
-    return None
+    return "origin" if has_foreign_origin(headers, allowed_origins) else None
+
+
+def has_foreign_origin(headers: Headers, allowed_origins: Sequence[str]) -> bool:
+    """Whether a page sent the request that is neither of this machine nor of `allowed_origins`."""
+    return any(origin not in allowed_origins and not _is_local(origin) for origin in headers.getlist("origin"))
 
 
 def _is_local(url: str) -> bool:

@@ -39,6 +39,7 @@ class RequestMeter:
         self._first_s = 0.0
         self._phases: Mapping[str, float] = {}
         self._ticket = current_ticket()
+        self._tally = metrics.adapters.of(model) if is_adapter else None
         self._entry = current_entry()
         self._entry.asked(model, is_adapter=is_adapter)
         self._entry.prompt(self._prompt_key, self._num_prompt, 0)
@@ -53,6 +54,8 @@ class RequestMeter:
         self._phases = phases
         ttft_s = self._first_s - self._arrival_s
         self._metrics.first_token(self._num_prompt, ttft_s)
+        if self._tally is not None:
+            self._tally.started(self._num_prompt, ttft_s)
         self._entry.started(image_key, ttft_s)
         self._entry.prompt(self._prompt_key, self._num_prompt, num_cached)
 
@@ -60,6 +63,8 @@ class RequestMeter:
         """An output of `count` tokens came."""
         now = time.time()
         self._metrics.tokens(count, now - self._last_s if self._last_s else None)
+        if self._tally is not None:
+            self._tally.generated(count)
         self._num_output += count
         self._last_s = now
 
@@ -81,5 +86,7 @@ class RequestMeter:
             if self._first_s
             else None,
         )
+        if self._tally is not None:
+            self._tally.ended(is_error=reason == "error")
         self._metrics.choice_end(self._siblings, self._num_output)
         self._entry.ended(reason, self._num_output)

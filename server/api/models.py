@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import msgspec
 from fastapi import APIRouter
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from adapters_store.ref import SourceVersion
+from adapters_store.sources.alias import MARK
 from server.api.errors import json_response
 from server.api.service import Service
 
@@ -38,6 +40,8 @@ def model_routes(service: Service) -> APIRouter:
 
 def root_of(version: SourceVersion) -> str:
     """The adapter's path below its source; folders of the host are nobody's business."""
+    if not Path(version.source).is_absolute():  # a remote one, or an alias at one
+        return version.path.removeprefix(f"{version.source.partition(MARK)[0]}/")
     path = os.path.relpath(version.path, version.source)
     return version.name if path == "." else path
 

@@ -13,9 +13,16 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from server.api.adapters import LoadLoraAdapterRequest, UnloadLoraAdapterRequest
+from server.api.adapter_bodies import (
+    InspectRequest,
+    LoadLoraAdapterRequest,
+    NewAdapter,
+    PrefetchRequest,
+    UnloadLoraAdapterRequest,
+)
 from server.api.answer_schemas import (
     ADAPTER,
+    ADAPTER_REPORT,
     ANY,
     CHAT,
     CHUNKS,
@@ -47,12 +54,15 @@ _OPEN_PATHS = ("/health", "/metrics", "/ready", "/ping")  # no key needed
 
 
 class Operation(NamedTuple):
-    """One route. `answers` are the contents of a 200; `errors` the statuses beside it, without 401."""
+    """One route. `answers` are the contents of what is well; `errors` the statuses of what is not, without 401."""
 
     summary: str
     answers: Mapping[str, Schema]
     errors: tuple[int, ...] = ()
     body: type[BaseModel] | None = None
+    well: tuple[int, ...] = (200,)
+    query: Mapping[str, Schema] = {}
+    needs_body: bool = True
 
 
 def _json(schema: Schema) -> dict[str, Schema]:
@@ -73,6 +83,9 @@ _TEXT = {"text/plain": STRING}
 _GENERATION_ERRORS = (400, 404, 413, 422, 429, 500, 503)
 _TOKENIZE_ERRORS = (400, 404, 413, 422, 500, 503)
 _NAME_ERRORS = (400, 403, 404, 413, 500, 503)
+_MANAGE_ERRORS = (400, 403, 404, 409, 413, 422, 500, 503)
+_DELETED = object_of({"name": STRING, "object": {"const": "adapter"}, "deleted": {"const": True}})
+_BOOLEAN: Schema = {"type": "boolean"}
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): Operation(
@@ -90,11 +103,39 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/version"): Operation("The server's version", _json(object_of({"version": STRING}))),
     ("GET", "/openapi.json"): Operation("This document", _json(object_of({"openapi": STRING}))),
     ("GET", "/v1/models"): Operation("The base and all adapters", _json(list_of(MODEL)), (500, 503)),
-    ("GET", "/v1/models/{model}"): Operation("One model by its name", _json(MODEL), (404, 500, 503)),
+    ("GET", "/v1/models/{model}"): Operation("One model by its name", _json(MODEL), (400, 404, 500, 503)),
     ("GET", "/v1/adapters"): Operation("All adapters and where they are", _json(list_of(ADAPTER)), (500, 503)),
     ("POST", "/v1/load_lora_adapter"): Operation("Give a name an adapter", _TEXT, _NAME_ERRORS, LoadLoraAdapterRequest),
     ("POST", "/v1/unload_lora_adapter"): Operation(
         "Take an adapter's name away", _TEXT, _NAME_ERRORS, UnloadLoraAdapterRequest
+    ),
+    ("POST", "/v1/adapters"): Operation(
+        "Give a name an adapter, or say how it is kept",
+        _json(ADAPTER),
+        _MANAGE_ERRORS,
+        NewAdapter,
+        well=(200, 201, 202),
+        query={"wait": _BOOLEAN},
+    ),
+    ("POST", "/v1/adapters/inspect"): Operation(
+        "What an adapter is and how it would be served", _json(ADAPTER_REPORT), _MANAGE_ERRORS, InspectRequest
+    ),
+    ("GET", "/v1/adapters/{name}"): Operation("One adapter and where it is", _json(ADAPTER), (403, 404, 500, 503)),
+    ("DELETE", "/v1/adapters/{name}"): Operation("Take an adapter's name away", _json(_DELETED), _MANAGE_ERRORS),
+    ("POST", "/v1/adapters/{name}/pin"): Operation(
+        "Keep an adapter on the device", _json(ADAPTER), _MANAGE_ERRORS, well=(200, 202)
+    ),
+    ("POST", "/v1/adapters/{name}/unpin"): Operation("Let an adapter be evicted again", _json(ADAPTER), _MANAGE_ERRORS),
+    ("POST", "/v1/adapters/{name}/reload"): Operation(
+        "Ask an adapter's source now, and compile what it has", _json(ADAPTER), _MANAGE_ERRORS
+    ),
+    ("POST", "/v1/adapters/{name}/prefetch"): Operation(
+        "Bring an adapter to disk, host memory or the device",
+        _json(ADAPTER),
+        _MANAGE_ERRORS,
+        PrefetchRequest,
+        well=(200, 202),
+        needs_body=False,
     ),
     ("GET", "/metrics"): Operation("Prometheus metrics", _TEXT),
     ("GET", "/health"): Operation("Whether the engine runs", _json(ANY), (503,)),
@@ -147,11 +188,9 @@ def served_operations(routes: Sequence[BaseRoute]) -> set[tuple[str, str]]:
 
 def _described(path: str, operation: Operation, components: dict[str, Schema]) -> Schema:
     has_key = path not in _OPEN_PATHS
+    content = {kind: {"schema": schema} for kind, schema in operation.answers.items()}
     responses: dict[str, Schema] = {
-        "200": {
-            "description": "It is done.",
-            "content": {kind: {"schema": schema} for kind, schema in operation.answers.items()},
-        }
+        str(status): {"description": _REASONS[status], "content": content} for status in operation.well
     }
     for status in (*operation.errors, *((401,) if has_key else ())):
         responses[str(status)] = {
@@ -161,19 +200,28 @@ def _described(path: str, operation: Operation, components: dict[str, Schema]) -
     described: Schema = {"summary": operation.summary, "responses": responses}
     if has_key:
         described["security"] = [{}, {"key": []}]  # a server without --api-key takes requests without one
-    if "{model}" in path:
-        described["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": STRING}]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": STRING} for name in _IN_PATHS if f"{{{name}}}" in path
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
+    if parameters:
+        described["parameters"] = parameters
     if operation.body is not None:
         schema = _body_schema(operation.body, components)
-        described["requestBody"] = {"required": True, "content": _content(schema)}
+        described["requestBody"] = {"required": operation.needs_body, "content": _content(schema)}
     return described
 
 
+_IN_PATHS = ("model", "name")
 _REASONS = {
+    200: "It is done.",
+    201: "The name has its adapter.",
+    202: "It was begun, or waits for room on the device.",
     400: "The request is wrong; the error names the field.",
     401: "The API key is missing or wrong.",
     403: "The server was started without this.",
     404: "There is no such model.",
+    409: "The name is taken, kept by --adapters-file, or being changed.",
     413: "The body is too large.",
     422: "The adapter can't be served; the error says what is wrong with it.",
     429: "Too many requests are waiting; Retry-After says when to come again.",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+from adapters_store.errors import AdapterTooLarge
 from adapters_store.ref import AdapterRef
 from adapters_store.store import AdapterStore
 from server.engine.client import Engine
@@ -13,13 +16,27 @@ class Pins:
     Each pin holds one lease. The engine is told of images, and two names may have one image.
     """
 
-    def __init__(self, engine: Engine, store: AdapterStore) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        store: AdapterStore,
+        fit_problem: Callable[[Sequence[AdapterRef]], str | None] = lambda refs: None,
+    ) -> None:
+        """`fit_problem`: why images can't all be on the device at once; None when they can."""
+        self._fit_problem = fit_problem
         self._engine = engine
         self._store = store
         self._refs: dict[str, AdapterRef] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._refs
+
+    def check(self, ref: AdapterRef) -> None:
+        """Raises AdapterTooLarge if the device has no room for this image beside the other names' pinned ones."""
+        others = [other for name, other in self._refs.items() if name != ref.name]
+        problem = self._fit_problem([*others, ref])
+        if problem is not None:
+            raise AdapterTooLarge(f"adapter {ref.name} can't be pinned: {problem}")
 
     def add(self, ref: AdapterRef) -> None:
         """Pin `ref.name` to this image in place of the one it had. Raises AdapterUnavailable when it has just gone."""
@@ -39,6 +56,11 @@ class Pins:
         """The image was made anew: the engine lets go of a pin when its load fails."""
         if ref.name in self._refs:
             self.add(ref)
+
+    def keeps(self, ref: AdapterRef) -> bool:
+        """Whether `ref.name` is pinned to this very image."""
+        pinned = self._refs.get(ref.name)
+        return pinned is not None and pinned.image_key == ref.image_key
 
     def remove(self, name: str) -> None:
         """End a pin; the image is then one as any other. Names that aren't pinned do nothing."""

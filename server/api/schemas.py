@@ -301,7 +301,9 @@ TemplateKwargs = Annotated[Any, BeforeValidator(_template_kwargs), WithJsonSchem
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A body in which everything means what it says: no conversions, no unknown fields."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
@@ -320,7 +322,7 @@ def _excludes(name: str, kind: str, other: str) -> dict[str, Any]:
     return {"if": _given(name, kind), "then": {"properties": {other: {"not": {"const": True}}}}}
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message of a chat, text only."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -334,7 +336,7 @@ class Message(_Strict):
         return sum(map(len, parts))
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream ends with."""
 
     include_usage: bool = False
@@ -342,7 +344,7 @@ class StreamOptions(_Strict):
     continuous_usage_stats: Literal[False] = False
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """What both endpoints take."""
 
     model_config = ConfigDict(
@@ -453,7 +455,7 @@ def _check_continues(add_generation_prompt: bool | None, continue_final_message:
         )
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """POST /tokenize: a prompt or messages, as the generating endpoints would see them."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [_given("prompt", "string"), _given("messages", "array")]})
@@ -475,14 +477,14 @@ class TokenizeRequest(_Strict):
         return self
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: Annotated[str, Field(min_length=1)] | None = None
     tokens: Annotated[Any, BeforeValidator(_detokenized), WithJsonSchema({**_IDS_SCHEMA, "minItems": 0})]
 
 
-RequestT = TypeVar("RequestT", bound=_Strict)
+RequestT = TypeVar("RequestT", bound=Strict)
 REFUSED_BY_SCHEMA: dict[type[BaseModel], Refused] = {
     CompletionRequest: REFUSED_IN_COMPLETIONS,
     ChatRequest: REFUSED_IN_CHAT,
@@ -509,7 +511,7 @@ def parse_request(schema: type[RequestT], body: Mapping[str, object], ready: Eng
             served, context={"vocab_size": ready.vocab_size, "max_model_len": ready.max_model_len}
         )
     except ValidationError as error:
-        raise _first_error(error.errors(include_url=False, include_input=False)[0]) from None
+        raise first_error(error.errors(include_url=False, include_input=False)[0]) from None
 
 
 def _served_message(message: object, index: int) -> object:
@@ -522,7 +524,8 @@ def _served_message(message: object, index: int) -> object:
     return served_part(message, frozenset(Message.model_fields), REFUSED_IN_MESSAGES, where)
 
 
-def _first_error(error: ErrorDetails) -> ServerError:
+def first_error(error: ErrorDetails) -> ServerError:
+    """What the API answers to the first of pydantic's errors."""
     kind, param = error["type"], _path(error["loc"]) or None
     if kind == "missing":
         return BadRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")

@@ -11,8 +11,10 @@ from msgspec.structs import replace
 
 from adapters_store.catalog import Catalog
 from adapters_store.store import AdapterStore
+from server.adapter_metrics import OTHER
 from server.api.choices import Choice, Generation, Job
 from server.api.door import Door, check_choices
+from server.api.naming import AdapterNames
 from server.api.params import (
     SamplingDefaults,
     bad_word_ids,
@@ -26,6 +28,9 @@ from server.api.pins import Pins
 from server.api.schemas import ChatRequest, CompletionRequest, GenerationRequest, PromptInput, TokenizeRequest
 from server.api.stall import StallGuard
 from server.api.supply import AdapterSupply, Target
+from server.api.tasks import Tasks
+from server.desired import DesiredAdapters
+from server.desired_file import AdaptersFile
 from server.engine.client import Engine
 from server.engine_metrics import EngineFacts
 from server.errors import BadRequest, ContextLengthExceeded, EngineDead
@@ -46,6 +51,7 @@ class ApiLimits:
     max_queue_wait_s: float = 60.0  # the engine's, which ends what has waited for longer
     engine_stall_timeout_s: float = 60.0  # an engine silent for longer is not healthy
     has_access_log: bool = False
+    adapter_metrics_top: int = 50  # adapters that have metrics of their own
     allowed_origins: Sequence[str] = ()  # of browsers' pages (CORS)
 
 
@@ -64,12 +70,13 @@ class ServerState:
     may_load_adapters: bool = False  # by /v1/load_lora_adapter and unload
     guards_loading: bool = False  # nobody asked for it: it is on by loopback, and other sites' pages are refused
     pins: Pins | None = None  # those made at start
+    adapters_file: AdaptersFile | None = None  # what --adapters-file said at start
     limits: ApiLimits = field(default_factory=ApiLimits)
     started_s: float = field(default_factory=time.time)
 
 
 class Service:
-    """Answers generation requests. Owns the metrics, the adapter supply and the stall guard."""
+    """Answers generation requests. Owns the metrics, the adapter supply, the names and the stall guard."""
 
     def __init__(self, state: ServerState) -> None:
         self.state = state
@@ -85,7 +92,14 @@ class Service:
             disk=state.store.tier,
             max_adapters=state.limits.max_adapters_per_step,
         )
-        self.metrics = Metrics(state.base_names[0], facts)
+        self.metrics = Metrics(state.base_names[0], facts, state.limits.adapter_metrics_top)
+        state.engine.residents.on_ready = self._count_load
+        self.names = AdapterNames(state.engine, state.catalog, state.store, tuple(state.base_names), self.supply)
+        self.tasks = Tasks()
+        """what routes began and nobody waits for"""
+        self.desired = None if state.adapters_file is None else DesiredAdapters(state.adapters_file, self.names)
+        if self.desired is not None:
+            self.metrics.add_lines(self.desired.metrics)
 
     async def prepare(self, asked: GenerationRequest) -> Generation:
         """Resolve the model, tokenize, check the lengths. Raises ServerError, AdapterError."""
@@ -141,7 +155,7 @@ class Service:
             adds_special = asked.add_special_tokens is not False
             return await self.state.tokenizer.encode_async(prompt, add_special_tokens=adds_special)
         assert isinstance(asked, ChatRequest | TokenizeRequest) and asked.messages is not None
-        template = None if target.version is None else await self.state.catalog.chat_template(target.version)
+        template = await self.supply.chat_template(target)
         return await self.state.tokenizer.encode_chat(
             [message.model_dump() for message in asked.messages],
             add_generation_prompt=_adds_generation_prompt(asked),
@@ -175,8 +189,14 @@ class Service:
                 param=name,
             )
 
+    def _count_load(self, image_key: str) -> None:
+        self.metrics.adapters.of(self.supply.user_of(image_key) or OTHER).loaded()
+
     async def close(self) -> None:
         """End what runs in the background."""
+        if self.desired is not None:
+            await self.desired.close()
+        await self.tasks.close()
         await self.supply.close()
         await self.state.tokenizer.close()
 

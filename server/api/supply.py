@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from adapters_store.catalog import Catalog
-from adapters_store.errors import AdapterError
+from adapters_store.chat_template import AdapterTemplate
+from adapters_store.errors import AdapterError, AdapterUnavailable, VersionNotFound
 from adapters_store.ref import AdapterRef, SourceVersion, is_adapter_name
 from adapters_store.store import AdapterStore
+from adapters_store.versions import MIN_PREFIX_CHARS, is_version_prefix
 from server.api.access_log import current_entry
 from server.api.errors import shown
 from server.api.pins import Pins
 from server.api.usage import UsageLog
 from server.engine.client import Engine
 from server.errors import ModelNotFound
+
+VERSION_MARK = "@"  # between a name and a version; no name has one
+MAX_USERS = 16384  # images whose last user is remembered
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,8 @@ class Target:
     name: str
     version: SourceVersion | None
     resolve_s: float = 0.0
+    is_exact: bool = False  # the request named the version: no newer one answers in its place
+    is_former: bool = False  # and the name has another by now
 
 
 @dataclass(slots=True, eq=False)
@@ -36,20 +44,24 @@ class Hold:
     """One request's claim on its adapter. `ref` is set, and leased, as soon as the image is on disk."""
 
     version: SourceVersion | None
+    is_exact: bool = False
     ref: AdapterRef | None = None
     phases: dict[str, float] = field(default_factory=dict)  # of the fetch that this request waited for
 
     @property
     def pending(self) -> str | None:
         """The key that the engine waits for; None when there is nothing to wait for."""
-        return self.version.key if self.version is not None and self.ref is None else None
+        if self.version is None or self.ref is not None:
+            return None
+        return f"{self.version.key}{VERSION_MARK}" if self.is_exact else self.version.key
 
 
 @dataclass(slots=True, eq=False)
 class _Fetch:
-    """One fetch under way and the requests it serves."""
+    """One fetch under way and the requests it serves. Whoever asked for exactly that version has one apart."""
 
     version: SourceVersion
+    is_exact: bool
     holds: set[Hold] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
 
@@ -76,29 +88,62 @@ class AdapterSupply:
         self._store = store
         self._base_names = tuple(base_names)
         self._fetches: dict[str, _Fetch] = {}
+        self._users: OrderedDict[str, str] = OrderedDict()  # by image key: the name that asked for it last
 
     async def resolve(self, model: str) -> Target:
-        """`<base>`, `<adapter>` or `<base>:<adapter>`. Raises ModelNotFound, and AdapterError from the source."""
-        current_entry().named(model)
+        """`<base>`, `<adapter>` or `<base>:<adapter>`; an adapter's name may have `@<version>` behind it.
+
+        Raises ModelNotFound, and AdapterError from the source or for a version that is not at hand.
+        """
+        entry = current_entry()
         if model in self._base_names:
+            entry.named(model)
             return Target(model, None)
+        entry.named(model.partition(VERSION_MARK)[0])
         prefix = next((f"{base}:" for base in self._base_names if model.startswith(f"{base}:")), "")
-        name = model.removeprefix(prefix)
+        name, mark, version_prefix = model.removeprefix(prefix).partition(VERSION_MARK)
         if not is_adapter_name(name) or name in self._base_names:
             raise ModelNotFound(f"The model '{shown(model)}' does not exist.", param="model")
+        version_prefix = version_prefix.lower()
+        if mark and not is_version_prefix(version_prefix):
+            raise ModelNotFound(
+                f"The model '{shown(model)}' does not exist: what is behind the {VERSION_MARK} must be a version, at "
+                f"least {MIN_PREFIX_CHARS} of the hexadecimal digits that its key, digest or image key begins with.",
+                param="model",
+            )
         started = time.monotonic()
-        version = await self._catalog.resolve(name)
-        return Target(name, version, time.monotonic() - started)
+        version = current = await self._catalog.resolve(name)
+        if mark:
+            version = self._store.pinned(current, version_prefix)
+        return Target(name, version, time.monotonic() - started, is_exact=bool(mark), is_former=version != current)
 
-    def hold(self, version: SourceVersion | None) -> Hold:
-        """A claim on the image of `version`, leased at once if it is on disk. Ends with release()."""
-        hold = Hold(version)
+    async def chat_template(self, target: Target) -> AdapterTemplate | None:
+        """The adapter's own chat template, of exactly the target's version; None when the base's is its template.
+
+        Raises AdapterError, of which VersionNotFound for a former version whose template is gone.
+        """
+        if target.version is None:
+            return None
+        try:
+            return await self._catalog.chat_template(target.version)
+        except AdapterUnavailable as error:
+            if not target.is_former:
+                raise
+            raise VersionNotFound(
+                f"The chat template of version {target.version.key} of the model {target.name} is no longer here."
+            ) from error
+
+    def hold(self, target: Target) -> Hold:
+        """A claim on the image of the target's version, leased at once if it is on disk. Ends with release()."""
+        version = target.version
+        hold = Hold(version, target.is_exact)
         if version is None:
             return hold
         self.usage.used(version.name)
         if (ref := self._store.lookup(version.key)) is not None:
             self._lease(hold, ref)
-            self.pins.follow(ref)
+            if not target.is_exact:
+                self.pins.follow(ref)
         return hold
 
     async def compile(self, version: SourceVersion) -> AdapterRef:
@@ -109,6 +154,7 @@ class AdapterSupply:
             self.usage.failed(version.name, error.message)
             raise
         self.usage.succeeded(version.name)
+        self._used(ref)
         return ref
 
     def fetch(self, hold: Hold) -> None:
@@ -118,7 +164,7 @@ class AdapterSupply:
             return
         fetch = self._fetches.get(key)
         if fetch is None:
-            fetch = self._fetches[key] = _Fetch(hold.version)
+            fetch = self._fetches[key] = _Fetch(hold.version, hold.is_exact)
             fetch.task = asyncio.create_task(self._run(key, fetch), name=f"fetch {hold.version.name}")
         fetch.holds.add(hold)
 
@@ -146,11 +192,12 @@ class AdapterSupply:
     async def _run(self, key: str, fetch: _Fetch) -> None:
         """Task: one fetch. Leasing and telling the engine happen in one turn, so no request falls between."""
         try:
-            ref = await self.compile(fetch.version)
+            ref = await self._bring(fetch)
             for hold in fetch.holds:
                 self._lease(hold, ref)
-                hold.phases = _phases(self._store.phases(key))
-            self.pins.renew(ref)
+                hold.phases = _phases(self._store.phases(fetch.version.key))
+            if not fetch.is_exact or self.pins.keeps(ref):
+                self.pins.renew(ref)
             self._engine.adapter_ready(key, ref)
         except AdapterError as error:
             self._engine.adapter_failed(key, error.http_status, error.code, error.message)
@@ -161,12 +208,34 @@ class AdapterSupply:
         finally:
             del self._fetches[key]
 
+    async def _bring(self, fetch: _Fetch) -> AdapterRef:
+        """The image of the fetch's version; of a newer one only for who didn't ask for exactly that."""
+        if not fetch.is_exact:
+            return await self.compile(fetch.version)
+        ref = await self._store.ensure(fetch.version)
+        if ref.version != fetch.version.key:
+            raise VersionNotFound(
+                f"Version {fetch.version.key} of the model {fetch.version.name} is no longer here: it was replaced."
+            )
+        return ref
+
+    def user_of(self, image_key: str) -> str | None:
+        """The name that asked for this image last."""
+        return self._users.get(image_key)
+
     def _lease(self, hold: Hold, ref: AdapterRef) -> None:
         self._store.lease(ref)
         hold.ref = ref
+        self._used(ref)
+
+    def _used(self, ref: AdapterRef) -> None:
+        self._users[ref.image_key] = ref.name
+        self._users.move_to_end(ref.image_key)
+        if len(self._users) > MAX_USERS:
+            self._users.popitem(last=False)
 
 
 def _phases(seconds: dict[str, float]) -> dict[str, float]:
     """The store's phases under the names that a request's phases have; its queue is the compiler's."""
-    names = {"queue": "compile_queue_s", "fetch": "fetch_s", "compile": "compile_s"}
+    names = {"raw_queue": "raw_queue_s", "fetch": "fetch_s", "queue": "compile_queue_s", "compile": "compile_s"}
     return {name: seconds[phase] for phase, name in names.items() if phase in seconds}

@@ -45,7 +45,6 @@ class StepPlan:
 
     items: list[ScheduledRequest] = field(default_factory=list)
     ended: list[Request] = field(default_factory=list)
-    num_preempted: int = 0
 
     @property
     def num_rows(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from adapters_store.manifest import BaseManifest, write_manifest
 from kernels.ops import DEFAULT_BACKEND, Backend, backends, get_backend
 from server.adapters.arena import AdapterArena
 from server.adapters.layer import StepState
-from server.adapters.slots import AdapterSlots
+from server.adapters.slots import AdapterSlots, SlotDevice
 from server.config import EngineConfig, available_cpus, available_memory, default_cache_dir, format_bytes
 from server.engine.batch import BatchBuilder
 from server.engine.blocks import BlockPool
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 KV_SHARE, MAX_KV_BYTES = 4, 4 << 30
 ADAPTER_SHARE, MAX_ADAPTER_BYTES = 8, 2 << 30
 
-MIXED_PREFILL_SHARE = 4  # of a step's rows, for prompts while others decode: a decode's pace for some prefill speed
+MIXED_PREFILL_SHARE = 8  # of a step's rows, for prompts while others decode: smaller chunks read an adapter more often
 MAX_PROMPT_LOGITS = 1 << 25  # elements: prompt logprobs may add so many logits to a step (64 MiB in bf16)
 
 
@@ -45,8 +46,11 @@ def build_core(config_json: bytes) -> EngineCore:
     return build(msgspec.json.decode(config_json, type=EngineConfig))
 
 
-def build(config: EngineConfig) -> EngineCore:
-    """Load the base, size the memory, wire the parts. Raises ConfigError and ModelUnsupported."""
+def build(config: EngineConfig, *, device_of: Callable[[AdapterArena], SlotDevice] = lambda arena: arena) -> EngineCore:
+    """Load the base, size the memory, wire the parts. Raises ConfigError and ModelUnsupported.
+
+    `device_of`: for measurements, what the slots see in place of the arena, such as one whose loads take longer.
+    """
     torch.set_num_threads(config.threads or available_cpus())
     _check_device(config.device)
     backend = _backend(config)
@@ -65,7 +69,7 @@ def build(config: EngineConfig) -> EngineCore:
     )
     step = StepState(weights=arena.weights, ops=backend)
     adapt(base.model, manifest, step)
-    slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=max_slots, device=arena)
+    slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=max_slots, device=device_of(arena))
     kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
     runner = ModelRunner(
         forward_of(base, manifest, step, kv, backend, config.max_step_tokens),
@@ -91,6 +95,7 @@ def build(config: EngineConfig) -> EngineCore:
         slots=slots,
         phases_of=arena.phases,
         host=host,
+        warm=arena.warm if host is not None else None,
         on_close=arena.close,
     )
 
@@ -203,6 +208,7 @@ def _ready(
         block_size=config.block_size,
         adapter_bytes=memory.adapter_bytes,
         weights_bytes=base.weights_bytes,
+        host_bytes=config.host_memory,
         facts=facts,
     )
 

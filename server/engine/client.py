@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -21,8 +21,10 @@ from server.engine.messages import (
     EngineReady,
     FromEngine,
     PinAdapter,
+    PrefetchAdapter,
     RequestError,
     RequestOutput,
+    SetWeight,
     Shutdown,
     StepOutputs,
     StepStats,
@@ -104,6 +106,12 @@ class Engine(Protocol):
 
     def drop_adapter(self, image_key: str) -> None:
         """Let this image go, pinned or not, as soon as nothing uses it."""
+
+    def prefetch_adapter(self, ref: AdapterRef, tier: Literal["host", "device"]) -> None:
+        """Bring this image there without a request; `residents` tells when it is there or has failed."""
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """The share of the adapter's requests when several adapters have work; 1 is everyone's."""
 
     async def close(self) -> None:
         """End open requests and the engine. May be called twice."""
@@ -221,6 +229,12 @@ class AsyncEngine:
 
     def drop_adapter(self, image_key: str) -> None:
         self._send(DropAdapter(image_key))
+
+    def prefetch_adapter(self, ref: AdapterRef, tier: Literal["host", "device"]) -> None:
+        self._send(PrefetchAdapter(ref, tier))
+
+    def set_weight(self, name: str, weight: float) -> None:
+        self._send(SetWeight(name, weight))
 
     async def close(self, timeout_s: float = 10.0) -> None:
         """Ask the engine to abort everything and exit; kill it after `timeout_s`, or if this is cancelled."""

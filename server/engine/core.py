@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -53,6 +54,7 @@ class EngineCore:
         slots: AdapterSlots,
         phases_of: Callable[[str], dict[str, float]],
         host: HostCache | None = None,
+        warm: Callable[[AdapterRef], Future[None]] | None = None,
         on_close: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,6 +69,8 @@ class EngineCore:
         self._last = _StepFacts()
         self._tally = StepTally()
         self._host = host
+        self._warm = warm  # brings an image to host memory
+        self._warming: dict[str, Future[None]] = {}  # by image key
         self._refused: list[RequestOutput] = []  # terminal events of requests refused at arrival
 
     def add(self, message: AddRequest) -> None:
@@ -105,6 +109,17 @@ class EngineCore:
         """Let an image go, pinned or not, as soon as nothing uses it."""
         self.slots.drop(image_key)
 
+    def prefetch_adapter(self, ref: AdapterRef, tier: Literal["host", "device"]) -> None:
+        """Bring an image to host memory where there is any, or to the device where nothing has to make way."""
+        if tier == "device":
+            self.slots.prefetch(ref)
+        elif self._warm is not None:
+            self._warming[ref.image_key] = self._warm(ref)
+
+    def set_weight(self, name: str, weight: float) -> None:
+        """The share of an adapter's requests, by its name."""
+        self.scheduler.set_weight(name, weight)
+
     def adapter_failed(self, message: AdapterFailed) -> None:
         """The image behind the message's key will not come: the requests pending it end with its error."""
         self.scheduler.adapter_failed(
@@ -124,7 +139,7 @@ class EngineCore:
         self._refused = []
         if plan.items:
             outputs += self._run(plan)
-        changes = self.slots.take_changes() + self._host_changes()
+        changes = self.slots.take_changes() + self._host_changes() + self._failed_warmings()
         for change in changes:
             if change.state == "ready":
                 self._tally.load(self._phases_of(change.image_key))
@@ -153,6 +168,12 @@ class EngineCore:
     def _host_changes(self) -> list[SlotChange]:
         changes = self._host.take_changes() if self._host else []
         return [SlotChange(image_key, "hosted" if is_held else "unhosted") for image_key, is_held in changes]
+
+    def _failed_warmings(self) -> list[SlotChange]:
+        done = {key: future for key, future in self._warming.items() if future.done()}
+        for key in done:
+            del self._warming[key]
+        return [SlotChange(key, "failed", str(error)) for key, future in done.items() if (error := future.exception())]
 
     def _with_load_phases(self, output: RequestOutput, image_keys: dict[str, str]) -> RequestOutput:
         """The output, with the load's own phases when its request had to wait for the load."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 from adapters_store.ref import AdapterRef
 from server.engine.loop import Core, Pace, apply, describe_error
@@ -18,8 +19,10 @@ from server.engine.messages import (
     DropAdapter,
     EngineReady,
     PinAdapter,
+    PrefetchAdapter,
     RequestError,
     RequestOutput,
+    SetWeight,
     StepOutputs,
     StepStats,
     ToEngine,
@@ -101,6 +104,12 @@ class InprocEngine:
 
     def drop_adapter(self, image_key: str) -> None:
         self._send(DropAdapter(image_key))
+
+    def prefetch_adapter(self, ref: AdapterRef, tier: Literal["host", "device"]) -> None:
+        self._send(PrefetchAdapter(ref, tier))
+
+    def set_weight(self, name: str, weight: float) -> None:
+        self._send(SetWeight(name, weight))
 
     async def close(self, timeout_s: float = 10.0) -> None:
         """Abort what is open, check that nothing leaked, close the core."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from server.errors import ConfigError
+
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0  # of an adapter's fair share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,14 @@ class SchedulerLimits:
     """the same for one whose image is not on disk yet: a backstop, the store has bounds of its own"""
     age_limit_s: float = 1.0
     """an adapter held back by other adapters for so long goes first, and others drain for it"""
+    fair_quantum: float = 2048.0
+    """cost per weight by which who runs may be ahead of who is in line, before it makes way; see shares.py"""
+    residency_quantum: float = 512.0
+    """cost per weight by which an adapter on the device may be ahead of one that is not, and still go first"""
+    input_cost: float = 1.0
+    """of a prompt token that is computed"""
+    output_cost: float = 2.0
+    """of an output token"""
     retry_after_s: int = 5
     """what a 503 tells the client"""
     rope_switch: int | None = None
@@ -38,6 +49,9 @@ class SchedulerLimits:
         for name in ("max_num_seqs", "max_adapters_per_step", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("fair_quantum", "residency_quantum", "input_cost", "output_cost"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.max_mixed_prefill is not None and self.max_mixed_prefill < 1:
             raise ConfigError(f"max_mixed_prefill must be at least 1, not {self.max_mixed_prefill}")
         if self.max_logprob_rows is not None and self.max_logprob_rows < 1:

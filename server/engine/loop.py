@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -38,6 +38,8 @@ from server.engine.messages import (
     EngineFailed,
     EngineReady,
     PinAdapter,
+    PrefetchAdapter,
+    SetWeight,
     Shutdown,
     StepOutputs,
     StepStats,
@@ -76,6 +78,10 @@ class Core(Protocol):
     def pin_adapter(self, ref: AdapterRef, /) -> None: ...
 
     def drop_adapter(self, image_key: str, /) -> None: ...
+
+    def prefetch_adapter(self, ref: AdapterRef, tier: Literal["host", "device"], /) -> None: ...
+
+    def set_weight(self, name: str, weight: float, /) -> None: ...
 
     def has_work(self) -> bool:
         """Whether something could progress now: requests running or waiting, loads in flight."""
@@ -179,6 +185,10 @@ def apply(core: Core, message: ToEngine) -> None:
             core.pin_adapter(message.ref)
         case DropAdapter():
             core.drop_adapter(message.image_key)
+        case PrefetchAdapter():
+            core.prefetch_adapter(message.ref, message.tier)
+        case SetWeight():
+            core.set_weight(message.name, message.weight)
 
 
 def run_engine(build_core: Callable[[], Core], endpoints: Endpoints, parent_pid: int) -> int:

@@ -76,6 +76,20 @@ class DropAdapter(msgspec.Struct, frozen=True, tag=True):
     image_key: str
 
 
+class PrefetchAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Bring this image to host memory, or to the device where no request has to make way for it."""
+
+    ref: AdapterRef
+    tier: Literal["host", "device"]
+
+
+class SetWeight(msgspec.Struct, frozen=True, tag=True):
+    """The share of an adapter's requests, by its name, when several adapters have work; 1 is everyone's."""
+
+    name: str
+    weight: float
+
+
 class Abort(msgspec.Struct, frozen=True, tag=True):
     """The clients of these requests are gone (or a stop string was found)."""
 
@@ -86,7 +100,17 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Abort everything and exit 0."""
 
 
-ToEngine = AddRequest | AdapterReady | AdapterFailed | PinAdapter | DropAdapter | Abort | Shutdown
+ToEngine = (
+    AddRequest
+    | AdapterReady
+    | AdapterFailed
+    | PinAdapter
+    | DropAdapter
+    | PrefetchAdapter
+    | SetWeight
+    | Abort
+    | Shutdown
+)
 
 # --- engine -> API ---------------------------------------------------------------------------------------
 
@@ -102,6 +126,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     block_size: int
     adapter_bytes: int
     weights_bytes: int
+    host_bytes: int = 0  # of the host tier; 0: there is none
     facts: tuple[tuple[str, str], ...] = ()  # (label, value) lines of the start banner
 
 

@@ -58,6 +58,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, kept by the block pool
     slot: int = 0  # device slot while it holds a ref; 0 = base
+    num_charged: int = 0  # positions below it were counted in its adapter's fair share
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     is_in_flight: bool = False  # rows of it are in a dispatched, not yet collected step

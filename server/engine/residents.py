@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from server.engine.messages import SlotChange
 
@@ -17,6 +17,8 @@ class Residents:
         self._ready: set[str] = set()
         self._hosted: set[str] = set()
         self._failures: OrderedDict[str, str] = OrderedDict()
+        self.on_ready: Callable[[str], None] = lambda image_key: None
+        """called with each image that came to the device"""
 
     def __contains__(self, image_key: str) -> bool:
         return image_key in self._ready
@@ -32,6 +34,10 @@ class Residents:
         """Why the last load of this image failed; None when it did not, or has been loaded since."""
         return self._failures.get(image_key)
 
+    def forget_failure(self, image_key: str) -> None:
+        """It is being loaded anew."""
+        self._failures.pop(image_key, None)
+
     def apply(self, changes: Iterable[SlotChange]) -> None:
         """Take in what a step told."""
         for change in changes:
@@ -44,6 +50,7 @@ class Residents:
             elif change.state == "ready":
                 self._ready.add(change.image_key)
                 self._failures.pop(change.image_key, None)
+                self.on_ready(change.image_key)
             else:
                 self._failures[change.image_key] = change.message
                 self._failures.move_to_end(change.image_key)

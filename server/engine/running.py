@@ -18,6 +18,14 @@ class Slots(Protocol):
 
     def release(self, slot: int) -> None: ...
 
+    def prefetch(self, ref: AdapterRef) -> None: ...
+
+    def want(self, image_key: str, is_wanted: bool) -> None: ...
+
+    def is_ready(self, image_key: str) -> bool: ...
+
+    def makes_room(self, image_key: str, ref: AdapterRef) -> bool: ...
+
 
 class RunningSet:
     """Running requests in order of admission. Owns their blocks and, with an adapter, a ref on its slot.
@@ -79,6 +87,8 @@ class RunningSet:
 
     def grow(self, request: Request) -> bool:
         """Give a request the block of its last known token, if it lacks it and there is one."""
+        if len(request.token_ids) <= len(request.blocks) * self._blocks.block_size:
+            return True  # all but one step in a block's length
         missing = self._blocks.blocks_for(len(request.token_ids)) - len(request.blocks)
         if not self._blocks.can_allocate(missing):
             return False
@@ -101,6 +111,14 @@ class RunningSet:
                 return candidate
             is_any_in_flight = True
         return None if is_any_in_flight else request
+
+    def least_of_priority(self, priority: int) -> list[Request]:
+        """Those of the least priority that runs, without rows in flight, in order of admission; none if even the
+        least is above `priority`."""
+        least = max((request.priority for request in self), default=priority)
+        if least < priority:
+            return []
+        return [request for request in self if request.priority == least and not request.is_in_flight]
 
     def cache_full_blocks(self, request: Request, start: int) -> None:
         """Make the blocks findable that were filled by computing positions start : num_computed."""

@@ -6,12 +6,15 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from msgspec.structs import replace
 
 from adapters_store.histogram import Counts
+from adapters_store.inspect import InspectResult
 from adapters_store.ref import AdapterRef, SourceVersion
 from adapters_store.store import StoreTier
+from adapters_store.versions import Held, find_version
 from server.engine.messages import (
     Abort,
     AdapterFailed,
@@ -20,8 +23,10 @@ from server.engine.messages import (
     DropAdapter,
     EngineReady,
     PinAdapter,
+    PrefetchAdapter,
     RequestError,
     RequestOutput,
+    SetWeight,
     SlotChange,
     StepStats,
     ToEngine,
@@ -30,6 +35,19 @@ from server.engine.messages import (
 from server.engine.residents import Residents
 from server.engine.streams import Streams, Taker
 
+REPORT = InspectResult(
+    base="base",
+    family="LORA",
+    digest="digest",
+    file_bytes=10,
+    image_bytes=4096,
+    ranks={8: 2, 0: 1},
+    targets={"q_proj": 2},
+    options={"r, lora_alpha": "8, 16"},
+    problems=[],
+    warnings=["a warning"],
+    dropped=[],
+)
 COMPILED = Counts((0, 0, 0, 0, 0, 0, 0, 1, 0, 0), 1.5)  # seconds of one compile
 
 
@@ -66,6 +84,10 @@ class ScriptedEngine:
     residents: Residents = field(default_factory=Residents)
     pinned: list[str] = field(default_factory=list)  # image keys, in the order of the messages
     dropped: list[str] = field(default_factory=list)
+    prefetched: list[tuple[str, str]] = field(default_factory=list)  # (image key, tier)
+    weights: dict[str, float] = field(default_factory=dict)
+    load_errors: dict[str, str] = field(default_factory=dict)  # by image key
+    is_crowded: bool = False  # prefetches to the device come to nothing, and pins wait for room
 
     def __post_init__(self) -> None:
         self.died = asyncio.Event()
@@ -78,6 +100,7 @@ class ScriptedEngine:
             block_size=16,
             adapter_bytes=1 << 20,
             weights_bytes=0,
+            host_bytes=1 << 20,
         )
         self._streams = Streams(self._receive)
         self._waiting: dict[str, list[AddRequest]] = {}
@@ -113,6 +136,12 @@ class ScriptedEngine:
     def drop_adapter(self, image_key: str) -> None:
         self._receive(DropAdapter(image_key))
 
+    def prefetch_adapter(self, ref: AdapterRef, tier: Literal["host", "device"]) -> None:
+        self._receive(PrefetchAdapter(ref, tier))
+
+    def set_weight(self, name: str, weight: float) -> None:
+        self._receive(SetWeight(name, weight))
+
     async def close(self) -> None:
         self.die()
 
@@ -143,13 +172,24 @@ class ScriptedEngine:
                     self._end(request.request_id, error=RequestError(status, code, text))
             case PinAdapter(ref):
                 self.pinned.append(ref.image_key)
-                self.residents.apply([SlotChange(ref.image_key, "ready")])
+                self._came(ref.image_key, "ready")
+            case PrefetchAdapter(ref, tier):
+                self.prefetched.append((ref.image_key, tier))
+                self._came(ref.image_key, "ready" if tier == "device" else "hosted")
+            case SetWeight(name, weight):
+                self.weights[name] = weight
             case DropAdapter(image_key):
                 self.dropped.append(image_key)
                 self.residents.apply([SlotChange(image_key, "gone")])
             case Abort(request_ids):
                 for request_id in request_ids:
                     self._abort(request_id)
+
+    def _came(self, image_key: str, state: Literal["ready", "hosted"]) -> None:
+        if image_key in self.load_errors:
+            self.residents.apply([SlotChange(image_key, "failed", self.load_errors[image_key])])
+        elif not self.is_crowded:
+            self.residents.apply([SlotChange(image_key, state)])
 
     def _abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -210,13 +250,24 @@ class ScriptedStore:
     leases: Counter[str] = field(default_factory=Counter)  # by image key; all zero when nothing runs
     leased: list[str] = field(default_factory=list)
     discarded: list[str] = field(default_factory=list)
+    retried: list[str] = field(default_factory=list)
+    inspected: list[SourceVersion] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)  # that an inspection finds
     on_disk: dict[str, AdapterRef] = field(default_factory=dict)
+    versions: dict[str, SourceVersion] = field(default_factory=dict)  # those that were ensured, by key
 
     def lookup(self, version_key: str) -> AdapterRef | None:
         return self.on_disk.get(version_key)
 
     def peek(self, version_key: str) -> AdapterRef | None:
         return self.on_disk.get(version_key)
+
+    def pinned(self, current: SourceVersion, prefix: str) -> SourceVersion:
+        former = [version for version in self.versions.values() if version.name == current.name]
+        found = {version.key: version for version in (current, *reversed(former))}
+        return find_version(
+            current.name, prefix, [Held(key, v, self.on_disk.get(key)) for key, v in found.items()]
+        ).version
 
     def is_compiling(self, version_key: str) -> bool:
         return False
@@ -228,7 +279,17 @@ class ScriptedStore:
         if version.name in self.errors:
             raise self.errors[version.name]
         ref = self.on_disk[version.key] = ref_of(version)
+        self.versions[version.key] = version
         return ref
+
+    def retry(self, version: SourceVersion) -> None:
+        self.retried.append(version.name)
+
+    async def inspect(self, version: SourceVersion) -> InspectResult:
+        self.inspected.append(version)
+        if version.name in self.errors:
+            raise self.errors[version.name]
+        return replace(REPORT, problems=self.problems)
 
     def phases(self, version_key: str) -> dict[str, float]:
         return {"resolve": 1.0, "queue": 2.0, "fetch": 3.0, "compile": 4.0}

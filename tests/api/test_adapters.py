@@ -169,8 +169,10 @@ async def test_an_image_that_the_engine_finds_damaged_is_compiled_anew(served):
     error = RequestError(422, "adapter_corrupt", "the checksum differs")
     served.answer("", adapter="support-fr", finish_reason="error", error=error)
     client = served.client()
-    with pytest.raises(openai.UnprocessableEntityError):
-        await client.completions.create(model="support-fr", prompt="x")
+    with pytest.raises(openai.InternalServerError) as failed:  # 503: the adapter is sound, and trying again helps
+        await client.with_options(max_retries=0).completions.create(model="support-fr", prompt="x")
+    assert failed.value.status_code == 503 and failed.value.code == "adapter_unavailable"
+    assert failed.value.response.headers["retry-after"] == "1"
     assert served.store.discarded == ["image-of-support-fr"]
     del served.scripts["support-fr"]
     await client.completions.create(model="support-fr", prompt="x")

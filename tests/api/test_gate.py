@@ -222,7 +222,13 @@ async def test_cors_is_off_unless_origins_are_given(served, tokenizer, tmp_path)
         assert preflight.headers["x-request-id"]
         answer = await http.get("/v1/models", headers={"origin": "https://a.example"})
         exposed = {name.strip() for name in answer.headers["access-control-expose-headers"].split(",")}
-        assert answer.status_code == 401 and exposed == {"x-request-id", "x-multilora-image-key", "retry-after"}
+        assert answer.status_code == 401 and exposed == {
+            "x-request-id",
+            "x-multilora-adapter-version",
+            "x-multilora-adapter-digest",
+            "x-multilora-image-key",
+            "retry-after",
+        }
         for change in ({"origin": "https://b.example"}, {"access-control-request-method": "DELETE"}):
             refused = await http.options("/v1/models", headers=asks | change | {"x-request-id": "mine"})
             assert refused.status_code == 400 and refused.headers["x-request-id"] == "mine"

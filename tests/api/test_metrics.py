@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.messages import StepStats
+from adapters_store.errors import AdapterCorrupt
+from server.api.service import ApiLimits
+from server.engine.messages import SlotChange, StepStats
 from server.engine.tally import StepTally
-from tests.api.conftest import ANSWER, BASE
+from tests.api.conftest import ANSWER, BASE, serve
 
 
 async def scrape(served) -> dict[str, dict[tuple, float]]:
@@ -116,6 +120,8 @@ async def test_metrics_of_the_tiers(served):
     assert by_label(samples, "multilora_tier_adapters", "tier") == {"raw": 0, "disk": 1, "host": 5, "device": 3}
     assert by_label(samples, "multilora_tier_bytes", "tier") == {"raw": 0, "disk": 1000, "host": 777, "device": 12345}
     assert by_label(samples, "multilora_tier_evictions_total", "tier") == {"raw": 0, "disk": 2, "host": 6, "device": 4}
+    for gauge in ("multilora_tier_leases", "multilora_tier_under_way"):
+        assert by_label(samples, gauge, "tier") == {"raw": 0, "disk": 0}
     sums = samples["multilora_adapter_load_seconds_sum"].items()
     seconds = {(dict(key)["tier"], dict(key)["phase"]): value for key, value in sums}
     assert seconds == {("disk", "compile"): 1.5, ("device", "host"): 0.5, ("device", "device"): 0.25}
@@ -234,11 +240,14 @@ async def test_one_series_of_lora_info_from_the_first_scrape_on(served):
 
 
 async def test_a_scrape_has_no_series_that_clients_name(served):
-    """Adapter names are in one label of one series and nowhere else, so the exposition stays small."""
-    await served.client().completions.create(model="support-fr", prompt="x")
+    """Adapter names are in one label of one series, and in those that are bounded; others, and versions, nowhere."""
+    for model in ("support-fr", "nobody", "support-fr@0123456789"):
+        with contextlib.suppress(openai.NotFoundError):
+            await served.client().completions.create(model=model, prompt="x")
     text = (await served_text(served)).decode()
-    assert ANSWER not in text
-    assert [line for line in text.splitlines() if "support-fr" in line and "lora_requests_info" not in line] == []
+    assert ANSWER not in text and "nobody" not in text and "0123456789" not in text
+    named = [line for line in text.splitlines() if "support-fr" in line]
+    assert all(line.startswith(("vllm:lora_requests_info{", "multilora_by_adapter_")) for line in named)
     assert len(text) < 40_000
 
 
@@ -249,3 +258,34 @@ async def served_text(served) -> bytes:
 
 def by_label(samples, name: str, label: str) -> dict[str, float]:
     return {dict(key)[label]: value for key, value in samples[name].items()}
+
+
+async def test_metrics_by_adapter(tokenizer, adapters_dir):
+    """Requests, tokens, errors, first tokens and loads of each; the base's are not among them."""
+    limits = ApiLimits(adapter_metrics_top=1)
+    async with serve(tokenizer, adapters_dir, limits=limits) as served:
+        client = served.client()
+        first = await client.completions.create(model="support-fr", prompt="the quick", max_tokens=100, n=2)
+        served.store.errors["team/sql"] = AdapterCorrupt("cut short")
+        with pytest.raises(openai.UnprocessableEntityError):
+            await client.completions.create(model="team/sql", prompt="the")
+        with pytest.raises(openai.NotFoundError):
+            await client.completions.create(model="nobody", prompt="the")
+        await client.completions.create(model=BASE, prompt="the")
+        for image_key in ("image-of-support-fr", "image-of-support-fr", "of nobody yet"):
+            served.engine.residents.apply([SlotChange(image_key, "ready")])
+        samples = await scrape(served)
+        plain = await scrape(served)
+    names = [name for name in samples if "by_adapter" in name]
+    told = {name.removeprefix("multilora_by_adapter_"): by_label(samples, name, "adapter") for name in names}
+    expected = {
+        "requests_total": {"support-fr": 2, "other": 1},
+        "errors_total": {"support-fr": 0, "other": 1},
+        "prompt_tokens_total": {"support-fr": 2 * first.usage.prompt_tokens, "other": 0},
+        "output_tokens_total": {"support-fr": first.usage.completion_tokens, "other": 0},
+        "loads_total": {"support-fr": 2, "other": 1},
+        "ttft_seconds_count": {"support-fr": 2, "other": 0},
+    }
+    assert {name: told[name] for name in expected} == expected
+    assert 0 < told["ttft_seconds_sum"]["support-fr"] < 10 and told["ttft_seconds_sum"]["other"] == 0
+    assert plain.keys() == samples.keys()

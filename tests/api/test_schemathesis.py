@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.config import SchemathesisConfig
+from schemathesis.core import NOT_SET
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     negative_data_rejection,
@@ -26,6 +27,7 @@ from server.api.openapi import OPERATIONS
 from tests.api.conftest import BASE, Served
 from tests.api.test_stream_chunks import data_of, validator
 
+MANAGED = "/v1/adapters"
 NAMING = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 ROUTES = sorted(OPERATIONS)
 WITH_BODY = [route for route in ROUTES if OPERATIONS[route].body is not None]
@@ -62,6 +64,9 @@ def with_models(document: dict[str, Any]) -> dict[str, Any]:
             schema["properties"]["model"] = {"enum": names}
     (model,) = document["paths"]["/v1/models/{model}"]["get"]["parameters"]
     model["schema"] = {"enum": [*MODELS, "nobody"]}
+    for path, methods in document["paths"].items():
+        for operation in methods.values() if "{name}" in path else ():
+            operation["parameters"][0]["schema"] = {"enum": ["support-fr", "team/sql", "nobody"]}
     return document
 
 
@@ -89,6 +94,13 @@ def with_adapters(document: dict[str, Any]) -> dict[str, Any]:
         if "lora_path" in fields:
             fields["lora_path"] = {"enum": ["support-fr", "team/sql", "nobody"]}
             fields["base_model_name"] = {"enum": [BASE, None]}
+        if "path" in fields:  # of the bodies that manage adapters
+            fields["name"] = {
+                "type": "string",
+                "anyOf": [{"enum": ["support-fr", "team/sql"]}, {"pattern": "^[a-z]{1,8}$"}],
+            }
+            fields["path"] = {"enum": ["support-fr", "team/sql", "nobody", None]}
+            fields.pop("source", None)
     return document
 
 
@@ -110,7 +122,7 @@ def run_all(served: Served, route: tuple[str, str], mode: GenerationMode, change
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Case) -> None:
-        if mode == GenerationMode.POSITIVE:
+        if mode == GenerationMode.POSITIVE and case.body is not NOT_SET:
             case.body = with_integers(case.body)
         response = case.call(base_url=served.url)
         kind = response.headers["content-type"][0].partition(";")[0]
@@ -126,24 +138,30 @@ def run_all(served: Served, route: tuple[str, str], mode: GenerationMode, change
 
 
 def until_quiet(served: Served) -> None:
-    """Nothing is left running when the last answer has come."""
+    """Nothing is left running when the last answer has come, and nothing is held but by pins."""
     until = time.monotonic() + 5
     while served.engine.num_open and time.monotonic() < until:
         time.sleep(0.001)
+    for image_key in set(served.engine.pinned):
+        served.store.leases.pop(image_key, None)
     served.assert_quiet()
 
 
 def test_the_routes_with_a_body():
-    assert {path for _, path in WITH_BODY} == {*GENERATING, *NAMING, "/tokenize", "/detokenize"}
+    managing = {MANAGED, f"{MANAGED}/inspect", f"{MANAGED}/{{name}}/prefetch"}
+    assert {path for _, path in WITH_BODY} == {*GENERATING, *NAMING, *managing, "/tokenize", "/detokenize"}
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=" ".join)
 def test_what_the_document_allows(served_in_thread, route):
     seen = run_all(served_in_thread, route, GenerationMode.POSITIVE, narrowed)
-    num_answered = seen["200 text/plain" if route[1] in (*NAMING, "/metrics") else "200 application/json"]
+    kind = "text/plain" if route[1] in (*NAMING, "/metrics") else "application/json"
+    num_answered = sum(seen[f"{status} {kind}"] for status in OPERATIONS[route].well)
     assert num_answered, seen
     if route[1] in NAMING:
         assert seen["400 application/json"] + seen["404 application/json"] >= 10, seen
+    if route == ("POST", MANAGED):
+        assert min(seen[f"{status} application/json"] for status in (201, 202, 404, 409)) >= 1, seen
     if route[1] in GENERATING:  # so many that the engine was really at work, and on streams too
         assert num_answered >= 10 and seen["200 text/event-stream"] >= 5, seen
         assert len({request.adapter for request in served_in_thread.engine.added if not request.pending}) >= 2

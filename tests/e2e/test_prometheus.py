@@ -220,6 +220,9 @@ def _assert_sums(server: TinyServer, reader: Reader, load: Load) -> None:
         assert [value for _, value in reader.series(f"vllm:{name}")] == [len(lines)]
     loads = {labels["phase"]: value for labels, value in reader.series("multilora_adapter_load_seconds_count")}
     assert loads["compile"] == loads["device"] == 3
+    by_adapter = {f["adapter"]: value for f, value in reader.series("multilora_by_adapter_output_tokens_total")}
+    assert {name for name, value in by_adapter.items() if value} == {line["adapter"] for line in lines} - {None}
+    assert sum(by_adapter.values()) == sum(line["output_tokens"] for line in lines if line["adapter"] is not None)
     ((_, rows),) = reader.series("vllm:iteration_tokens_total_sum")
     ((_, hits),) = reader.series("vllm:prefix_cache_hits_total")
     # every token but each answer's last is a row of some step, unless it was found in the prefix cache

@@ -25,8 +25,10 @@ from server.engine.messages import (
     EngineReady,
     FromEngine,
     PinAdapter,
+    PrefetchAdapter,
     RequestError,
     RequestOutput,
+    SetWeight,
     Shutdown,
     StepOutputs,
     StepStats,
@@ -55,6 +57,8 @@ TO_ENGINE: list[ToEngine] = [
     Abort(["r1", "r2"]),
     PinAdapter(REF),
     DropAdapter("image"),
+    PrefetchAdapter(REF, "host"),
+    SetWeight("support-fr", 0.5),
     Shutdown(),
 ]
 FROM_ENGINE: list[FromEngine] = [

@@ -103,6 +103,53 @@ def test_ranks_and_widths_around_every_border(lora, rank):
         assert same_bits(got[~touched], case.y[~touched])
 
 
+def tall_case(rank: int, rows: int, widths: tuple[int, ...] = (70, 33), in_features: int = 72) -> LoraCase:
+    """One adapter over all rows but the first and the last; y has values of every kind."""
+    offsets = (3, 3 + widths[0] + 5)
+    group = SiteGroup(rows=(1, 2), offsets=offsets, widths=widths, in_features=in_features)
+    builder = ArenaBuilder(torch.bfloat16, num_slots=2, seed=rank)
+    for row, width in zip(group.rows, widths, strict=True):
+        builder.add(1, row, width, in_features, rank)
+    case = make_case(builder, plain((1, rows - 1, 1)), rows=rows, group=group)
+    special = torch.tensor([0.0, 1e-39, -3e-40, 3.3e38, -3.3e38, torch.inf, -torch.inf, torch.nan]).bfloat16()
+    case.y[:, ::5] = special[torch.randint(len(special), case.y[:, ::5].shape)]
+    case.y[:, 3 + widths[0] : offsets[1]] = torch.nan
+    return case
+
+
+@pytest.mark.parametrize("rank", [3, 8, 13, 16, 24, 32, 40, 64, 72])
+def test_many_rows_have_the_bits_of_segments_of_one(lora, rank):
+    """Around the numbers of rows at which the work is cut otherwise, for any number of threads."""
+    torch.manual_seed(rank)
+    for rows in (5, 6, 7, 8, 13, 49, 50, 51, 98, 130, 131, 290):
+        case = tall_case(rank, rows)
+        torch.set_num_threads(1)
+        alone = run(lora, case, plain(*((row, row + 1, 1) for row in range(1, rows - 1))))
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            assert same_bits(run(lora, case), alone), (rows, count)
+
+
+@pytest.mark.parametrize("rows", [3, 60])
+@pytest.mark.parametrize("rank", [8, 16, 64])
+def test_a_delta_of_zero_changes_nothing(lora, rank, rows):
+    """Denormals, infinities and the largest numbers stay what they are."""
+    case = tall_case(rank, rows)
+    a_offset = case.weights.table[1, 1:3, 0].tolist()
+    for offset in a_offset:
+        case.weights.arena[offset : offset + rank * case.group.in_features] = 0
+    assert same_bits(run(lora, case), case.y)
+    assert ((case.y != 0) & (case.y.abs() < 1e-38)).any()
+
+
+@pytest.mark.parametrize("rank", [8, 16, 40, 64])
+def test_many_rows_are_as_exact_as_one(lora, rank):
+    for rows, widths in ((130, (576, 192)), (40, (31, 1)), (200, (32, 64))):
+        case = tall_case(rank, rows, widths, in_features=96)
+        case.y = torch.where(case.touched(), torch.randn(case.y.shape), torch.nan).bfloat16()
+        assert_exact(lora, case)
+
+
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.bfloat16])
 def test_other_dtypes_are_torch_s(lora, dtype):
     case = lora_case("zipf", "ragged", dtype, "qkv", "mixed")

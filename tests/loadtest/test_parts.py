@@ -60,7 +60,7 @@ def small_copies(monkeypatch):
 def all_cases(native):
     yield from gemm_cases(native, "tiny", (1, 3))
     yield from head_cases(native, "tiny", (2,))
-    yield from lora_cases("tiny", (1, 3), ((2, 5),))
+    yield from lora_cases("tiny", (1, 3), (((16, 64), 5),))
     yield from small_cases(native, "tiny", (2,))
 
 
@@ -98,7 +98,7 @@ def test_totals_are_sums_over_a_models_matrices(monkeypatch):
 def test_warm_rounds_ask_the_base_and_each_rank_in_turn_with_prompts_of_their_own(monkeypatch, tmp_path):
     asked = []
 
-    def first_token(server, workload, model, seed):
+    def first_token(http, workload, model, seed):
         asked.append((model, seed))
         return {"total_s": {"b": 0.1, "r": 0.2}[model[0]] * (1 if "8" not in model else 2), "load_s": 0.01}
 
@@ -106,6 +106,8 @@ def test_warm_rounds_ask_the_base_and_each_rank_in_turn_with_prompts_of_their_ow
         return [f"{prefix}-{index:03d}" for index in range(workload.num_adapters)]
 
     class Server:
+        url = "http://server"
+
         def __init__(self, *_):
             pass
 
@@ -115,7 +117,7 @@ def test_warm_rounds_ask_the_base_and_each_rank_in_turn_with_prompts_of_their_ow
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(cold, "_first_token", first_token)
+    monkeypatch.setattr(cold, "first_token", first_token)
     monkeypatch.setattr(cold, "prepare_adapters", prepare)
     monkeypatch.setattr(cold, "running_server", Server)
     found = cold.measure_cold(Workload(tmp_path, num_adapters=5, ranks=(4, 8), repeats=1), tmp_path)

@@ -60,7 +60,7 @@ class FakeSource:
         await self._called("names")
         return sorted(self.adapters)
 
-    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> None:
+    async def fetch(self, version: SourceVersion, folder: Path, limits: Limits) -> dict[str, str]:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -74,6 +74,7 @@ class FakeSource:
                 (folder / part.name).write_bytes(content[: len(content) // 2])  # a reader must never see this
                 await self._called("half")
                 (folder / part.name).write_bytes(content)
+            return {}
         finally:
             self.at_once -= 1
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -36,9 +37,45 @@ class FaultProxy:
     requests: list[Request] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)
     always: list[tuple[str, str]] = field(default_factory=list)
+    admits: Callable[[str], bool] | None = None
+    """of a bearer token; requests without an admitted one get 401, and the real server sees none"""
     open_connections: int = 0
     connections: int = 0
     """since the start"""
+    tls: ssl.SSLContext | None = None
+    _listener: asyncio.Server | None = None
+    _plugs: list[socket.socket] = field(default_factory=list)
+
+    async def listen(self) -> None:
+        """Take connections, at the port of before if there was one."""
+        self.refuse()
+        self._listener = await asyncio.start_server(self.serve, "127.0.0.1", self.port, ssl=self.tls)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    def refuse(self) -> None:
+        """Who connects is refused, until `listen`."""
+        self._unplug()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    def ignore(self) -> None:
+        """Who connects gets no answer at all, until `listen`: the port's queue is full, and nobody takes any."""
+        self.refuse()
+        plug = socket.socket()
+        plug.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        plug.bind(("127.0.0.1", self.port))
+        plug.listen(0)
+        self._plugs = [plug]
+        for _ in range(4):
+            waiting = socket.socket()
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", self.port))
+            self._plugs.append(waiting)
+
+    def _unplug(self) -> None:
+        while self._plugs:
+            self._plugs.pop().close()
 
     @property
     def url(self) -> str:
@@ -57,12 +94,19 @@ class FaultProxy:
             method, target, _ = head.split(b"\r\n", 1)[0].decode().split(" ")
             request = Request(method, target, head)
             self.requests.append(request)
-            await self._answer(request, self._fault(target), writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
+            fault = "" if self._is_admitted(request) else "status:401"
+            await self._answer(request, fault or self._fault(target), writer)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             self.open_connections -= 1
             writer.close()
+
+    def _is_admitted(self, request: Request) -> bool:
+        if self.admits is None:
+            return True
+        token = re.search(rb"(?i)\r\nauthorization: bearer ([^\r]*)\r\n", request.head)
+        return token is not None and self.admits(token[1].decode())
 
     def _fault(self, target: str) -> str:
         for index, (text, fault) in enumerate(self.faults):
@@ -97,6 +141,8 @@ class FaultProxy:
     async def _ask(self, request: Request) -> tuple[bytes, bytes]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.upstream)
         origin_form = re.sub(rb"^(\S+) http://[^/ ]+", rb"\1 ", request.head)
+        if self.admits is not None:
+            origin_form = re.sub(rb"(?i)\r\nauthorization: [^\r]*", b"", origin_form)
         writer.write(origin_form.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         head = await reader.readuntil(b"\r\n\r\n")
         body = await reader.read() if request.method != "HEAD" else b""
@@ -128,10 +174,9 @@ class FaultProxy:
 @asynccontextmanager
 async def fault_proxy(upstream: int, tls: ssl.SSLContext | None = None) -> AsyncIterator[FaultProxy]:
     """A proxy before a port of this machine, on the running loop."""
-    proxy = FaultProxy(upstream)
-    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, ssl=tls)
-    proxy.port = server.sockets[0].getsockname()[1]
+    proxy = FaultProxy(upstream, tls=tls)
+    await proxy.listen()
     try:
         yield proxy
     finally:
-        server.close()
+        proxy.refuse()

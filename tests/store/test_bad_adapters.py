@@ -245,6 +245,16 @@ def test_values_that_are_no_numbers(value, dtype, edited, base):
     refusal(edited.path, base, AdapterInvalid, f"{PREFIX}.lora_B.weight", "NaN or infinite")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_no_numbers_in_a_tensor_that_is_served_as_it_is(value, dtype, edited, base):
+    tensor = torch.zeros(4, 32, dtype=dtype)
+    tensor[3, 31] = value
+    same = Base(base.path, manifest_of(base.path, base.model(), str(dtype).removeprefix("torch.")))
+    edited.tensors({f"{PREFIX}.lora_A.weight": tensor})
+    refusal(edited.path, same, AdapterInvalid, f"{PREFIX}.lora_A.weight", "NaN or infinite")
+
+
 def test_a_scale_that_overflows_the_bases_dtype(edited, base_of, base):
     half = Base(base.path, manifest_of(base.path, base.model(), "float16"))
     edited.tensors({f"{PREFIX}.lora_B.weight": torch.full((32, 4), 60_000.0)}).config(lora_alpha=8)

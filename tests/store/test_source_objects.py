@@ -16,7 +16,7 @@ from adapters_store.errors import AdapterCorrupt, AdapterDenied, AdapterTooLarge
 from adapters_store.limits import Limits
 from adapters_store.ref import SourceVersion
 from adapters_store.sources.endpoints import s3_credentials
-from adapters_store.sources.folder import FileChanged
+from adapters_store.sources.folder import NOTED_FILES, FileChanged
 from adapters_store.sources.remote import RemoteOptions, RemoteSource, open_source
 from tests.store.fault_proxy import FaultProxy, fault_proxy
 from tests.store.s3_server import ACCESS_KEY, PUBLIC_BUCKET, SECRET_KEY, S3Server, s3_server
@@ -393,14 +393,62 @@ def test_no_home_folder_is_no_credentials_file(server, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["team/fr//x", "team/fr/../x", "team/./x"])
-async def test_a_key_that_can_not_be_listed_is_said_at_once(source, proxy, key):
+async def test_a_key_that_can_not_be_listed(source, proxy, key):
+    """The names can't be had then, and that is said at once; an adapter that is asked for can."""
+    version = await resolved(source)
+    proxy.requests.clear()
     proxy.always.append(("list-type", f"listing:{key}"))
-    for asked in (source.resolve("fr"), source.names()):
-        with pytest.raises(
-            AdapterUnavailable, match=r"s3://adapters/team: a key there has an empty, '\.' or '\.\.' part"
-        ):
-            await asked
-    assert len(proxy.requests) == 2
+    with pytest.raises(AdapterUnavailable, match=r"s3://adapters/team: a key there has an empty, '\.' or '\.\.' part"):
+        await source.names()
+    assert len(proxy.requests) == 1
+    again = await resolved(source)
+    assert [(file.name, file.size) for file in again.files] == [(file.name, file.size) for file in version.files]
+
+
+@pytest.fixture(scope="module")
+def crowd(server) -> list[str]:
+    """Objects below a folder, some pages of them, that sort before and after an adapter's files."""
+    keys = [f"{letter}{number:04}" for letter in "0z" for number in range(1200)]
+
+    async def put() -> None:
+        store = server.store("adapters")
+        await asyncio.gather(*(obstore.put_async(store, f"crowd/{key}/x", b"1") for key in keys))
+        for name, data in ALL.items():
+            await obstore.put_async(store, f"crowd/{name}", data)
+            await obstore.put_async(store, f"crowd/0500/{name}", data)
+
+    asyncio.run(put())
+    return keys
+
+
+async def test_a_large_folder_is_not_listed_whole(crowd, proxy, tmp_path):
+    """Whoever names one costs a page of its listing and a HEAD, also where it is an adapter."""
+    source = open_source("s3://adapters", options=QUICK)
+    version = await resolved(source, "crowd")
+    assert proxy.asked("list-type") == 1
+    assert [request.method for request in proxy.requests].count("HEAD") == len(NOTED_FILES)
+    assert {file.name: file.size for file in version.files} == {name: len(data) for name, data in ALL.items()}
+    await source.fetch(version, tmp_path, Limits())
+    assert content(tmp_path) == ALL
+    assert await source.resolve("crowd") == version
+    proxy.requests.clear()
+    assert (await resolved(source, "crowd/0500")).path == "crowd/0500"  # which is small
+    assert proxy.asked("") == 1
+    await source.close()
+
+
+async def test_a_large_folder_that_is_no_adapter_costs_two_requests(crowd, server, proxy):
+    source = open_source("s3://adapters", options=QUICK)
+    proxy.always.append(("adapter_config.json", "status:404"))
+    assert await source.resolve("crowd") is None
+    assert [request.method for request in proxy.requests] == ["GET", "HEAD"]
+    proxy.always[:] = [("adapter_config.json", "status:403")]
+    with pytest.raises(AdapterDenied):
+        await source.resolve("crowd")
+    proxy.always[:] = [("crowd/adapter_model.safetensors", "status:503")]
+    with pytest.raises(AdapterUnavailable, match="HTTP 503, after 3 tries"):
+        await source.resolve("crowd")
+    await source.close()
 
 
 async def test_gs_speaks_the_same_requests_unsigned(server, monkeypatch, tmp_path):

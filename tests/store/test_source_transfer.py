@@ -27,7 +27,8 @@ async def bring(
     folder: Path, read: Callable[[Part], Awaitable[None]], size: int, checksum: Checksum | None = None, **changes
 ) -> bytes:
     """What comes of a file of that size."""
-    given = {"part_bytes": 64 * MIB, "parts_in_flight": 2, "min_bytes_per_s": 1, "grace_s": 30.0, **changes}
+    parts = {"part_bytes": 64 * MIB, "min_part_bytes": 64 * MIB, "parts_in_flight": 2}
+    given = {**parts, "min_bytes_per_s": 1, "grace_s": 30.0, **changes}
     retry = Retry(attempts=2, total_s=0.05, first_s=0.001, max_s=0.001)
     version = SourceVersion("fake://s", "fr", "fr", (FileVersion(FILE, size, 1, "tag"),))
     await Transfer(retry=retry, **given).fetch(version, folder, Limits(), read, lambda _: checksum)

@@ -37,7 +37,7 @@ from adapters_store.limits import Limits
 from adapters_store.manifest import write_manifest
 from adapters_store.sources.local import LocalSource
 from adapters_store.store import AdapterStore
-from adapters_store.worker import CompileWorker
+from adapters_store.worker import NICENESS, CompileWorker
 from tests.store.bases import peft_model
 from tests.store.images import Image, worst_error
 
@@ -454,6 +454,14 @@ async def test_a_compiler_that_died_idle_is_started_anew(store, root):
     assert (await ensured(store)).name == "fr"
 
 
+async def test_the_compiler_gives_way_within_the_servers_session(store):
+    """Between sessions Linux shares the processors evenly, whatever the niceness."""
+    await ensured(store)
+    pid = store.worker.pid
+    assert os.getpriority(os.PRIO_PROCESS, pid) == NICENESS
+    assert os.getsid(pid) == os.getsid(0)
+
+
 async def test_a_job_over_the_timeout_is_ended(open_store, root):
     """A regular expression that backtracks for ever, from a config: the adapter fails, the store goes on."""
     config = root / "fr" / "adapter_config.json"
@@ -515,9 +523,9 @@ async def test_the_compiler_is_small_and_has_no_torch(store):
 
 
 async def test_ctrl_c_in_the_terminal_is_the_parents_to_handle(store, root):
+    await ensured(store)  # it leaves our group on its own, before its first job
     pid = store.worker.pid
     assert os.getpgid(pid) != os.getpgid(0)
-    await ensured(store)
     os.kill(pid, signal.SIGINT)
     scale_weights(root / "fr", 2)
     await ensured(store)

@@ -120,6 +120,8 @@ def test_narrow_rounds_as_torch_does(stored, dtype):
 def test_not_a_number_survives_and_is_found(stored):
     values = np.array([1.0, np.nan], np.float32)
     assert np.isnan(widen(narrow(values, stored), stored)[1])
+    every_kind = np.array([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF], np.uint32).view(np.float32)
+    assert np.isnan(widen(narrow(every_kind, stored), stored)).all()
     assert not is_finite(narrow(values, stored), stored)
     assert not is_finite(narrow(np.array([np.inf], np.float32), stored), stored)
     assert is_finite(narrow(values[:1], stored), stored)

@@ -29,6 +29,7 @@ def parsed(monkeypatch, *flags: str, env: dict[str, str] | None = None) -> Serve
 def test_defaults(monkeypatch):
     found = parsed(monkeypatch)
     assert (found.api_keys, found.allowed_origins, found.has_access_log) == ((), (), True)
+    assert found.adapter_metrics_top == 50
     assert found.shutdown_timeout_s < 30, "Kubernetes kills after 30 s"
     assert found.max_queue_len > 2000 and found.engine_stall_timeout_s > 10
 
@@ -37,6 +38,7 @@ def test_values(monkeypatch):
     flags = ["--max-queue-len", "7", "--shutdown-timeout", "3", "--engine-stall-timeout", "9", "--disable-access-log"]
     found = parsed(monkeypatch, *flags, "--allowed-origins", '["https://a.example"]')
     assert (found.max_queue_len, found.shutdown_timeout_s, found.engine_stall_timeout_s) == (7, 3, 9)
+    assert parsed(monkeypatch, "--adapter-metrics-top", "0").adapter_metrics_top == 0
     assert not found.has_access_log and found.allowed_origins == ("https://a.example",)
 
 
@@ -56,6 +58,23 @@ def test_remote_sources(monkeypatch):
     assert policy == (1.5, 0) and (found.names.on_source_down, found.names.on_source_delete) == ("fail", "keep")
 
 
+def test_a_file_of_adapters(monkeypatch):
+    assert parsed(monkeypatch).adapters_file is None
+    assert parsed(monkeypatch, "--adapters-file", "some/adapters.yaml").adapters_file == "some/adapters.yaml"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("adapters: [{name: b}]", "entry 1 .*the base"), ("adapters: [", r"line \d")]
+)
+async def test_a_wrong_file_of_adapters_stops_the_start_before_anything_is_loaded(tmp_path, content, words):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapters.yaml").write_text(content)
+    path = str(tmp_path / "adapters.yaml")
+    found = ServerConfig(engine=EngineConfig(model=str(tmp_path)), served_names=("b",), port=0, adapters_file=path)
+    with pytest.raises(ConfigError, match=f"--adapters-file .*adapters.yaml: {words}"):
+        await launch._serve(found, Console(quiet=True), {})
+
+
 def test_a_backend_that_is_none_is_refused_with_the_list():
     result = CliRunner().invoke(cli.app, ["serve", "--model", "base", "--backend", "bogus"])
     assert result.exit_code == 2 and all(name in result.output for name in get_args(KernelBackend))
@@ -66,12 +85,15 @@ def test_a_policy_that_is_none_is_refused():
     assert result.exit_code == 2 and "serve" in result.output
 
 
-def test_sources_are_opened_in_their_order_folders_apart(tmp_path):
+def test_sources_are_opened_in_their_order(tmp_path):
     engine = EngineConfig(model="base")
-    sources = ("s3://b/one", str(tmp_path), f"file://{tmp_path}/", "https://host.example/two", "s3://b/one")
-    folders, remotes = launch._open_sources(ServerConfig(engine=engine, served_names=("b",), adapter_sources=sources))
-    assert [folder.root for folder in folders] == [tmp_path, tmp_path]
-    assert [remote.source for remote in remotes] == ["s3://b/one", "https://host.example/two"]
+    (tmp_path / "adapters").mkdir()
+    urls = ("s3://b/one", str(tmp_path), "https://host.example/two", f"file://{tmp_path}/", "s3://b/one")
+    found = ServerConfig(
+        engine=engine, served_names=("b",), adapter_roots=(str(tmp_path / "adapters"),), adapter_sources=urls
+    )
+    opened = [source.source for source in launch._open_sources(found)]
+    assert opened == [f"{tmp_path}/adapters", "s3://b/one", str(tmp_path), "https://host.example/two", str(tmp_path)]
     for url, word in (("ftp://host/x", "ftp"), ("s3://key:secret@b/x", "--adapter-source"), ("/no/such", "no such")):
         config = ServerConfig(engine=engine, served_names=("b",), adapter_sources=(url,))
         with pytest.raises(ConfigError, match=word) as refused:

@@ -46,6 +46,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "rope_switch": st.sampled_from([None, 10]),
                 "max_model_len": st.sampled_from([24, 64]),
                 "max_logprob_rows": st.sampled_from([None, 1, 3]),
+                "fair_quantum": st.sampled_from([4.0, 30.0, 2048.0]),
+                "residency_quantum": st.sampled_from([2.0, 20.0, 512.0]),
             }
         ),
         has_prefix_cache=st.sampled_from([True, True, False]),
@@ -111,6 +113,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # --- steps -------------------------------------------------------------------------------------------
 
+    @rule(name=st.sampled_from(["", *(ref.name for ref in REFS)]), weight=st.sampled_from([0.1, 1.0, 5.0]))
+    def set_weight(self, name: str, weight: float) -> None:
+        self.world.scheduler.set_weight(name, weight)
+
     @rule(seconds=st.sampled_from([0.6, 1.1, 6.0]))
     def time_passes(self, seconds: float) -> None:
         self.world.now += seconds
@@ -143,6 +149,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def everything_is_in_its_place(self) -> None:
         if hasattr(self, "world"):
             self.world.check()
+            in_line = {r.adapter_key for r in self.world.requests.values() if r.state is RequestState.WAITING}
+            assert self.world.slots._wanted == in_line - {""}
 
     def teardown(self) -> None:
         """From any state, all ends in a bounded number of steps, rightly, and leaves nothing behind."""

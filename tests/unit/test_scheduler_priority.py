@@ -105,7 +105,7 @@ def test_a_drain_does_not_hold_who_goes_first():
     world.add("running", 4, A, max_tokens=40)
     world.run_until(lambda: "running" in world.started)
     world.add("starving", 4, B)
-    world.run_until(lambda: world.scheduler._drain._starving is not None, seconds=0.6)
+    world.run_until(lambda: world.scheduler._admission._drain._starving is not None, seconds=0.6)
     world.step()
     world.add("ordinary", 4, A)
     world.add("urgent", 4, A, priority=-1)

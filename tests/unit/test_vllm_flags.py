@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from adapters_store.catalog import Catalog
-from adapters_store.errors import AdapterCorrupt
+from adapters_store.errors import AdapterCorrupt, AdapterTooLarge
 from server import cli
 from server.config import EngineConfig, ServerConfig
 from server.engine.messages import SlotChange
@@ -171,6 +171,14 @@ async def test_preloaded_is_compiled_and_pinned_is_on_the_device(tmp_path):
     assert device.pinned == ["image-of-b"]
     assert ("b" in pins, "a" in pins) == (True, False)
     assert store.leases == {"image-of-b": 1}
+
+
+async def test_a_later_pin_must_fit_beside_those_made_at_start(tmp_path):
+    pins = await prepare_adapters(config(pin=("b",)), engine(3 * PAGE), Store(tmp_path))
+    pins.check(make_ref("a", 2 * PAGE))
+    with pytest.raises(AdapterTooLarge, match=r"adapter a can't be pinned: 16\.0 KiB don't fit .* 12\.0 KiB"):
+        pins.check(make_ref("a", 3 * PAGE))
+    pins.check(make_ref("new", 3 * PAGE, name="b"))  # in place of its own
 
 
 @pytest.mark.parametrize("flag", ["preload", "pin"])

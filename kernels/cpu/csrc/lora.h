@@ -3,8 +3,9 @@
 // Two phases with one barrier between them:
 //     shrink  v = A x       fp32 over K, rounded once to bf16, into `scratch`
 //     expand  y += B v      fp32 over the rank and the members, rounded once
-// Both are split over the team by the bytes that they read, over all segments, members and slices at once;
-// the weights of a segment are read once for all its rows, and only true ranks of A.
+// Both are split over the team by the bytes that they read and the products that they take, over all segments,
+// members and slices at once. The weights of a segment are read once for its rows (many rows go by chunks, which
+// find them in a cache), and only true ranks of A.
 //
 // x is read before the barrier and y touched only after it: whoever wrote x must be waited for before the
 // call, whoever writes y (the projection itself) need not be. Two calls with one `scratch` need a barrier

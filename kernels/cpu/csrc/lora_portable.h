@@ -35,4 +35,19 @@ inline void expand_row(const bf16* arranged, int64_t stride, int64_t blocks, con
     }
 }
 
+inline void arrange_wide(const bf16* b, int64_t stride, int64_t count, const char* ahead, bf16* out) {
+    arrange(b, stride, std::min<int64_t>(count, kWidth), ahead, out);
+    if (count > kWidth) arrange(b + kWidth * stride, stride, count - kWidth, ahead, out + arranged_elements(stride));
+}
+
+// y[0 : rows, 0 : width] += B v, from what arrange_wide left of each 32 rows of B; v [rows, v_stride(stride)].
+inline void expand_tall(
+    const bf16* columns, int64_t stride, int64_t width, const bf16* v, int64_t rows, bf16* y, int64_t y_stride) {
+    const int64_t blocks = (width + kWidth - 1) / kWidth;
+    for (int64_t row = 0; row < rows; ++row, v += v_stride(stride), y += y_stride)
+        expand_row(columns, stride, blocks, v, [&](int64_t block, Floats sums) {
+            add_to(y + block * kWidth, sums, std::min<int64_t>(kWidth, width - block * kWidth));
+        });
+}
+
 }  // namespace lora

@@ -3,6 +3,8 @@
 //     shrink_tile   v[row, ranks] = A[ranks, :] x[row, :]        up to 8 ranks, any number of rows
 //     arrange       16 rows of B as columns, for expand_row
 //     expand_row    16 sums of B v for one row, from what `arrange` left
+//     arrange_wide  32 rows of B as columns, for expand_tall
+//     expand_tall   y += B v for many rows, from what `arrange_wide` left of each 32 rows of B
 //
 // A result has one order of accumulation that depends on K and the rank alone: never on the number of rows,
 // of threads, or on how the ranks were cut into tiles.
@@ -28,6 +30,8 @@ struct Ahead {
 
 // Elements of one arranged block of 16 rows of B.
 inline int64_t arranged_elements(int64_t stride) { return kWidth * v_stride(stride); }
+
+inline void add_to(bf16* y, Floats sums, int64_t count) { store(y, load(y, count) + sums, count); }
 
 }  // namespace lora
 
