@@ -23,6 +23,7 @@ from adapters_store.manifest import BaseManifest
 from adapters_store.ref import AdapterRef
 from kernels.memory import lazy_zeros
 from kernels.types import A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, TABLE_COLUMNS, SlotWeights
+from server.adapters.ahead import TouchAhead
 from server.adapters.regions import ALIGNMENT
 from server.errors import ConfigError
 
@@ -55,7 +56,7 @@ class AdapterArena:
         arena:  | image of slot 2 | image of slot 1 |      free      | image of slot 3 |
         table:  slot 1: site 0 -> (A, B, bias, rank, stride), site 1 -> ... all relative to the arena
 
-    The memory is reserved at once and touched page by page as images come. With `host` an image is read
+    The memory is reserved at once and touched a little ahead of the images that come. With `host` an image is read
     into the host tier and copied; without (a host budget of 0) it is read straight into its region, so
     that it is in memory once. Either way its checksum was verified in memory before it is committed.
 
@@ -92,6 +93,7 @@ class AdapterArena:
         self._known: OrderedDict[AdapterRef, _Layout] = OrderedDict()  # the loader thread's, of images read before
         self._phases: dict[str, dict[str, float]] = {}  # by image key
         self._loader = LoaderThread("adapter-loader")
+        self._ahead = TouchAhead(self._bytes)
 
     def load(self, ref: AdapterRef, slot: int, offset_bytes: int) -> Future[None]:
         """Read the image into its region on the loader thread.
@@ -143,6 +145,7 @@ class AdapterArena:
     def close(self) -> None:
         """Stop the loader after the load it is in; loads behind it are cancelled."""
         self._loader.close()
+        self._ahead.close()
 
     def _write_rows(self, slot: int, rows: Rows) -> None:
         self.weights.table[slot].copy_(torch.from_numpy(rows))
@@ -169,6 +172,7 @@ class AdapterArena:
             "host": hosted - headed,
             "device": self._clock() - hosted,
         }
+        self._ahead.use(offset + ref.data_bytes)
 
     def _layout_of(self, ref: AdapterRef) -> _Layout:
         """The image's site table as table rows, every tensor checked to lie inside the image."""

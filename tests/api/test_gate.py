@@ -229,7 +229,7 @@ async def test_cors_is_off_unless_origins_are_given(served, tokenizer, tmp_path)
             "x-multilora-image-key",
             "retry-after",
         }
-        for change in ({"origin": "https://b.example"}, {"access-control-request-method": "DELETE"}):
+        for change in ({"origin": "https://b.example"}, {"access-control-request-method": "PUT"}):
             refused = await http.options("/v1/models", headers=asks | change | {"x-request-id": "mine"})
             assert refused.status_code == 400 and refused.headers["x-request-id"] == "mine"
             assert refused.headers["content-type"] == "application/json"
