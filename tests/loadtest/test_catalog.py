@@ -115,8 +115,8 @@ def test_a_size_that_makes_no_sense_ends_with_status_2(capsys):
     assert ended.value.code == 2 and "smaller first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("warmup", "asked"), [(0, [9]), (3, [3, 9])])
-def test_a_warm_up_of_none_asks_for_nothing(monkeypatch, warmup, asked):
+@pytest.mark.parametrize(("warmup", "asked"), [(0, [1, 9]), (3, [1, 3, 9])])
+def test_every_adapter_is_asked_once_before_the_warm_up(monkeypatch, warmup, asked):
     options = _parser().parse_args(["--warmup", str(warmup), "--num-requests", "9", "--highest-id", "200"])
     seen = []
 

@@ -119,7 +119,7 @@ def ask(prompt, *_):
 
 
 class Client:
-    """Of httpx, or its module."""
+    """Of httpx."""
 
     def stream(self, *_, json, **__):
         raise Asked(json["prompt"])
@@ -135,8 +135,7 @@ def of_step(workload, monkeypatch):
 
 
 def of_cold(workload, monkeypatch):
-    monkeypatch.setattr(cold, "httpx", Client())
-    cold._first_token(SimpleNamespace(url=""), workload, "base", 7)
+    cold.first_token(Client(), workload, "base", 7)
 
 
 def of_throughput(workload, monkeypatch):
