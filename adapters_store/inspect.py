@@ -6,15 +6,15 @@ import hashlib
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from adapters_store.compile.job import ATTEMPTS, BACKOFF_S, read_files_of
 from adapters_store.compile.lower import CompiledAdapter, examine_adapter
 from adapters_store.compile.parse import LoraOptions
-from adapters_store.errors import AdapterError, AdapterNotFound, AdapterTooLarge, AdapterUnavailable
+from adapters_store.errors import AdapterNotFound, AdapterTooLarge, AdapterUnavailable
 from adapters_store.image import image_data_bytes
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest
@@ -32,26 +32,18 @@ class InspectJob(msgspec.Struct, frozen=True, tag=True):
     folder: str | None = None
 
 
-class InspectResult(msgspec.Struct, frozen=True, tag=True):
-    """An AdapterReport as it crosses the process boundary; fields that are not described here are the report's."""
+class Problem(NamedTuple):
+    """An error that refuses an adapter."""
 
-    base: str
-    family: str
-    digest: str
-    file_bytes: int
-    image_bytes: int
-    ranks: dict[int, int]
-    targets: dict[str, int]
-    options: dict[str, str]
-    problems: list[tuple[str, str]]
-    """(code, message) of each error that refuses it"""
-    warnings: list[str]
-    dropped: list[str]
+    code: str
+    message: str
 
 
-@dataclass(slots=True)
-class AdapterReport:
-    """Plain data about one adapter folder. With problems it is refused, and the rest says what was found."""
+class AdapterReport(msgspec.Struct, tag=True):
+    """Plain data about one adapter folder. With problems it is refused, and the rest says what was found.
+
+    `base` is its folder; over HTTP only the folder's name, for where it is on this machine is nobody's business.
+    """
 
     path: str
     base: str
@@ -61,14 +53,14 @@ class AdapterReport:
     """bytes of the files the compiler reads"""
     image_bytes: int = 0
     """bytes of the image's data section: what disk, host and device hold; 0 when it is refused"""
-    ranks: dict[int, int] = field(default_factory=dict)
+    ranks: dict[int, int] = msgspec.field(default_factory=dict)
     """rank -> number of modules that have it; 0 is a trained bias alone"""
-    targets: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, int] = msgspec.field(default_factory=dict)
     """projection -> number of layers, e.g. {"q_proj": 30, "embed_tokens": 1}"""
-    options: dict[str, str] = field(default_factory=dict)
-    problems: list[AdapterError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
+    options: dict[str, str] = msgspec.field(default_factory=dict)
+    problems: list[Problem] = msgspec.field(default_factory=list)
+    warnings: list[str] = msgspec.field(default_factory=list)
+    dropped: list[str] = msgspec.field(default_factory=list)
 
     @property
     def is_served(self) -> bool:
@@ -91,7 +83,7 @@ class AdapterReport:
         lines += [f"  dropped       {dropped}" for dropped in self.dropped]
         lines += [f"  warning       {warning}" for warning in self.warnings]
         lines.append("  verdict       served" if self.is_served else self._refusal())
-        lines += [f"    {n}. {error.message} [{error.code}]" for n, error in enumerate(self.problems, start=1)]
+        lines += [f"    {n}. {problem.message} [{problem.code}]" for n, problem in enumerate(self.problems, start=1)]
         return "\n".join(lines)
 
     def _family(self) -> str:
@@ -119,7 +111,7 @@ def inspect_adapter(path: Path, manifest: BaseManifest, limits: Limits | None = 
     try:
         limits.check_files(file for file in noted if file.name in READ_FILES)
     except AdapterTooLarge as error:
-        report.problems.append(error)
+        report.problems.append(Problem(error.code, error.message))
         return report
     files = _read_files(folder, noted, report)
     compiled = examine_adapter(files, manifest, limits)
@@ -127,12 +119,12 @@ def inspect_adapter(path: Path, manifest: BaseManifest, limits: Limits | None = 
     return report
 
 
-def run_inspection(job: InspectJob, manifest: BaseManifest) -> InspectResult:
+def run_inspection(job: InspectJob, manifest: BaseManifest) -> AdapterReport:
     """Examine the files of `job.version`, read as a compile reads them. Nothing is written.
 
     AdapterUnavailable when they keep changing, AdapterNotFound when they are gone, RawDamaged as in RawFolder.
     """
-    report = AdapterReport(job.version.name, manifest.name_or_path)
+    report = AdapterReport(job.version.name, Path(manifest.name_or_path).name)
     report.file_bytes = sum(file.size for file in job.version.files if file.name in READ_FILES)
     for attempt in range(ATTEMPTS):
         try:
@@ -141,29 +133,13 @@ def run_inspection(job: InspectJob, manifest: BaseManifest) -> InspectResult:
             time.sleep(BACKOFF_S * 2**attempt)
             continue
         except AdapterTooLarge as error:
-            report.problems.append(error)
-            return _result(report)
+            report.problems.append(Problem(error.code, error.message))
+            return report
         report.file_bytes = sum(len(content) for content in read.files.values())
         report.digest = read.digest
         _fill(report, examine_adapter(read.files, manifest, job.limits), manifest)
-        return _result(report)
+        return report
     raise AdapterUnavailable(f"the files of adapter {job.version.name} keep changing while they are read; try again")
-
-
-def _result(report: AdapterReport) -> InspectResult:
-    return InspectResult(
-        base=Path(report.base).name,  # where the base is on this machine is nobody's business
-        family=report.family,
-        digest=report.digest,
-        file_bytes=report.file_bytes,
-        image_bytes=report.image_bytes,
-        ranks=report.ranks,
-        targets=report.targets,
-        options=report.options,
-        problems=[(error.code, error.message) for error in report.problems],
-        warnings=report.warnings,
-        dropped=report.dropped,
-    )
 
 
 def _read_files(folder: Path, noted: tuple[FileVersion, ...], report: AdapterReport) -> dict[str, memoryview]:
@@ -183,7 +159,7 @@ def _read_files(folder: Path, noted: tuple[FileVersion, ...], report: AdapterRep
 
 def _fill(report: AdapterReport, compiled: CompiledAdapter, manifest: BaseManifest) -> None:
     report.family = compiled.family
-    report.problems += compiled.problems
+    report.problems += [Problem(error.code, error.message) for error in compiled.problems]
     report.warnings += compiled.warnings
     report.dropped += compiled.dropped
     report.ranks = dict(Counter(lowered.rank for lowered in compiled.sites))

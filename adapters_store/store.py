@@ -16,7 +16,7 @@ from adapters_store.disk import DiskImages
 from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged
 from adapters_store.flights import Flights, turn
 from adapters_store.histogram import Counts, PhaseTimes
-from adapters_store.inspect import InspectJob, InspectResult
+from adapters_store.inspect import AdapterReport, InspectJob
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest, write_manifest
 from adapters_store.misses import Misses
@@ -157,7 +157,7 @@ class AdapterStore:
             raise failure
         return await self._flights.join(key, lambda: self._bring(version))
 
-    async def inspect(self, version: SourceVersion) -> InspectResult:
+    async def inspect(self, version: SourceVersion) -> AdapterReport:
         """What the compiler would say of a SourceVersion; at most fetched for it, and nothing is compiled.
 
         Raises AdapterError for what is not the adapter's fault; AdapterUnavailable when too many are asked for.

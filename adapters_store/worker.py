@@ -21,7 +21,7 @@ from adapters_store.compile.base import BaseWeights
 from adapters_store.compile.job import CompileJob, CompileResult, run_job
 from adapters_store.disk_threads import give_way
 from adapters_store.errors import AdapterError, AdapterUnavailable, adapter_error
-from adapters_store.inspect import InspectJob, InspectResult, run_inspection
+from adapters_store.inspect import AdapterReport, InspectJob, run_inspection
 from adapters_store.manifest import BaseManifest, read_manifest
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class JobFailed(msgspec.Struct, frozen=True, tag=True):
 class JobDone(msgspec.Struct, frozen=True, tag=True):
     """The job's result."""
 
-    result: CompileResult | InspectResult
+    result: CompileResult | AdapterReport
 
 
 Job = CompileJob | InspectJob
@@ -60,7 +60,7 @@ class CompileWorker:
         self._timeout_s = timeout_s
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
-        self._running: asyncio.Task[CompileResult | InspectResult] | None = None
+        self._running: asyncio.Task[CompileResult | AdapterReport] | None = None
         self._is_closed = False
 
     @property
@@ -83,10 +83,10 @@ class CompileWorker:
         assert isinstance(result, CompileResult)
         return result
 
-    async def inspect(self, job: InspectJob) -> InspectResult:
+    async def inspect(self, job: InspectJob) -> AdapterReport:
         """Report on an adapter, in a turn of its own between compiles, with the same bounds."""
         result = await self._exchange_in_turn(job)
-        assert isinstance(result, InspectResult)
+        assert isinstance(result, AdapterReport)
         return result
 
     async def close(self) -> None:
@@ -107,7 +107,7 @@ class CompileWorker:
                 process.kill()
             await process.wait()
 
-    async def _exchange_in_turn(self, job: Job) -> CompileResult | InspectResult:
+    async def _exchange_in_turn(self, job: Job) -> CompileResult | AdapterReport:
         async with self._turn:
             if self._running is not None:
                 await asyncio.wait({self._running})
@@ -115,7 +115,7 @@ class CompileWorker:
             self._running.add_done_callback(_retrieve)
             return await asyncio.shield(self._running)
 
-    async def _exchange(self, job: Job) -> CompileResult | InspectResult:
+    async def _exchange(self, job: Job) -> CompileResult | AdapterReport:
         process = await self._ensure_started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -159,7 +159,7 @@ class CompileWorker:
             await self._process.wait()
 
 
-def _retrieve(task: asyncio.Task[CompileResult | InspectResult]) -> None:
+def _retrieve(task: asyncio.Task[CompileResult | AdapterReport]) -> None:
     """Look at the outcome of a job whose caller has left, or asyncio complains that nobody did."""
     if not task.cancelled():
         task.exception()

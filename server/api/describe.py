@@ -29,7 +29,7 @@ def describe(service: Service, name: str, version: SourceVersion | None) -> dict
         "host": {"state": "held" if ref and service.state.engine.residents.is_hosted(ref.image_key) else "absent"},
         "device": _on_device(service, name, ref),
         "given_by": names.giver_of(name),
-        "is_changing": name in names.changing,
+        "is_changing": names.is_changing(name),
         "weight": names.weight_of(name),
         "uses": usage.num_uses,
         "last_used": usage.last_used_s or None,

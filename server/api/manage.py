@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from adapters_store.errors import AdapterError, AdapterNotFound
-from adapters_store.inspect import InspectResult
+from adapters_store.inspect import AdapterReport
 from adapters_store.ref import SourceVersion
 from server.api.adapter_bodies import InspectRequest, NewAdapter, PrefetchRequest
 from server.api.adapters import check_may_change
@@ -78,7 +78,7 @@ def manage_routes(service: Service) -> APIRouter:
         """One adapter, also one that is only on its way."""
         name = name_of(request)
         version = await _find(service, name)
-        if version is None and name not in service.names.changing and name not in service.names.failed:
+        if version is None and not service.names.is_changing(name) and name not in service.names.failed:
             raise AdapterNotFound(f"The model '{shown(name)}' does not exist.")
         return described(name, version)
 
@@ -144,7 +144,7 @@ def manage_routes(service: Service) -> APIRouter:
 async def _give_later(service: Service, asked: NewAdapter) -> None:
     """Begin to give a name; returns when the adapter was found, raises what stands against it by then."""
     names, found = service.names, asyncio.Event()
-    if asked.name in names.changing:
+    if names.is_changing(asked.name):
         raise Conflict(f"Another change of '{shown(asked.name)}' is under way; try again.", param="name")
 
     async def give() -> None:
@@ -197,11 +197,11 @@ def _waits(request: Request) -> bool:
     return values != ["false"]
 
 
-def _report(label: str, result: InspectResult) -> Response:
+def _report(label: str, result: AdapterReport) -> Response:
     report: dict[str, object] = {
         "object": "adapter.report",
         "adapter": label,
-        "is_served": not result.problems,
+        "is_served": result.is_served,
         "base": result.base,
         "family": result.family,
         "digest": result.digest or None,
@@ -213,7 +213,7 @@ def _report(label: str, result: InspectResult) -> Response:
         "dropped": result.dropped,
         "problems": [{"code": code, "message": message} for code, message in result.problems],
     }
-    if not result.problems:
+    if result.is_served:
         return json_response(msgspec.json.encode(report))
     code, message = result.problems[0]
     if len(result.problems) > 1:

@@ -71,6 +71,11 @@ class AdapterNames:
         """Names of which a change is under way."""
         return {name for name, lock in self._locks.items() if lock.locked()}
 
+    def is_changing(self, name: str) -> bool:
+        """Whether a change of the name is under way."""
+        lock = self._locks.get(name)
+        return lock is not None and lock.locked()
+
     def note_failure(self, name: str, message: str) -> None:
         """Remember, until the name is given or taken, why it could not be."""
         self.failed[name] = FailedChange(message, time.time())

@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec.structs import replace
 
 from adapters_store.histogram import Counts
-from adapters_store.inspect import InspectResult
+from adapters_store.inspect import AdapterReport
 from adapters_store.ref import AdapterRef, SourceVersion
 from adapters_store.store import StoreTier
 from adapters_store.versions import Held, find_version
@@ -35,7 +35,8 @@ from server.engine.messages import (
 from server.engine.residents import Residents
 from server.engine.streams import Streams, Taker
 
-REPORT = InspectResult(
+REPORT = AdapterReport(
+    path="adapter",
     base="base",
     family="LORA",
     digest="digest",
@@ -285,7 +286,7 @@ class ScriptedStore:
     def retry(self, version: SourceVersion) -> None:
         self.retried.append(version.name)
 
-    async def inspect(self, version: SourceVersion) -> InspectResult:
+    async def inspect(self, version: SourceVersion) -> AdapterReport:
         self.inspected.append(version)
         if version.name in self.errors:
             raise self.errors[version.name]

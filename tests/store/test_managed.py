@@ -86,7 +86,7 @@ async def test_a_report_has_every_problem_that_inspect_finds(store, source, base
             (folder / file).write_bytes(content)
         expected = inspect_adapter(folder, base.manifest).problems
         report = await store.inspect(await store.resolve(name))
-        assert report.problems == [(error.code, error.message) for error in expected] != []
+        assert report.problems == expected != []
         assert report.image_bytes == 0
 
 
