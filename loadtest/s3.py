@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 START_S = 60.0
@@ -113,7 +114,7 @@ def _wait(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None
             socket.create_connection(("127.0.0.1", server.port), 1).close()
             store.put("ready", b"1")
             return
-        except Exception:
+        except (OSError, BaseError):
             time.sleep(0.1)
     raise RuntimeError(f"the S3 server did not start: {log.read_text(errors='replace')[-2000:]}")
 

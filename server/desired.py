@@ -178,10 +178,10 @@ class DesiredAdapters:
             async with self._turns:
                 await self._make(name, want, entry)
         except (AdapterError, ServerError) as error:
-            self._note_failure(name, want, message_of(error))
+            self._note_failure(name, want, entry, message_of(error))
         except Exception as error:  # a defect of ours costs this name its change, not the others
             log.exception("making %s what --adapters-file says failed", name)
-            self._note_failure(name, want, message_of(error))
+            self._note_failure(name, want, entry, message_of(error))
         else:
             want.is_due = want.entry is not entry  # the file may have changed meanwhile
             want.failures, want.message = 0, ""
@@ -203,7 +203,9 @@ class DesiredAdapters:
         await self._names.give(whole, by="file", replaces=True, compiles=compiles)
         want.has_been_given, want.has_pinned = True, bool(pin)
 
-    def _note_failure(self, name: str, want: _Want, message: str) -> None:
+    def _note_failure(self, name: str, want: _Want, entry: FileEntry | None, message: str) -> None:
+        if want.entry is not entry:  # the file has another by now, which is due at once
+            return
         if message != want.message:
             log.warning("--adapters-file: %s: %s", name, message)
         want.message, want.failed_s = message, time.time()

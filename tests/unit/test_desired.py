@@ -293,6 +293,21 @@ async def test_a_wish_that_changes_while_the_last_is_under_way(world):
         await until(lambda: served(world) == {})
 
 
+async def test_a_wish_that_fails_does_not_hold_up_the_next_one(world, monkeypatch):
+    monkeypatch.setattr(desired, "FIRST_RETRY_S", 60.0)
+    monkeypatch.setattr(desired, "MAX_RETRY_S", 60.0)
+    gate = world.store.gates["a"] = asyncio.Event()
+    async with watching(world, {"name": "b", "path": "two"}) as watched:
+        world.store.errors["a"] = AdapterCorrupt("cut short")
+        say(world, {"name": "a", "path": "one", "preload": True})
+        await until(lambda: world.store.ensured == ["a"])
+        say(world, {"name": "a", "path": "two"})
+        await polls()
+        gate.set()
+        await until(lambda: served(world) == {"a": "two"})
+        assert watched.status()["num_failed"] == 0
+
+
 async def test_a_defect_costs_one_name(world, monkeypatch, caplog):
     give = AdapterNames.give
 
