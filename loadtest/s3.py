@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,8 @@ class S3Server:
 def s3_server(folder: Path, *, volume_mb: int = 64, niceness: int = 0) -> Iterator[S3Server]:
     """A server that keeps its data in `folder`, ended with the block; 50 volumes of `volume_mb` MB at most.
 
-    `niceness`: above 0 it takes the processor time that others leave, since as a rule it is on another machine.
+    `niceness`: above 0 it takes the processor time that others leave, since as a rule it is on another machine. So
+    its session, one of its own, has that niceness too: between sessions Linux shares the processors evenly.
 
     Errors: RuntimeError where it does not start, or is not installed.
     """
@@ -91,7 +92,11 @@ def s3_server(folder: Path, *, volume_mb: int = 64, niceness: int = 0) -> Iterat
     ]
     port = int(next(option for option in listen if option.startswith("-s3.port=")).partition("=")[2])
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "HOME": str(folder)})
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=folder, env={**os.environ, "HOME": str(folder)}, start_new_session=True
+        )
+    with suppress(OSError):  # where sessions share nothing evenly there is no such file
+        Path(f"/proc/{process.pid}/autogroup").write_text(str(niceness))
     try:
         server = S3Server(port)
         _wait(server, process, folder / "log")

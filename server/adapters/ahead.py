@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
+import time
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +12,13 @@ from kernels.memory import populate
 
 HEADROOM_BYTES = 64 << 20  # beyond what was used so far; at most an eighth of all
 _SLICE_BYTES = 2 << 20  # at once: while one is populated, other mappings of this process wait
+_REST = 9  # times a slice's own time, after it: so they take a tenth of a core
 
 
 class TouchAhead:
-    """Touches memory a little ahead of its use, from its start on, in a thread that any other goes before.
+    """Touches memory a little ahead of its use, from its start on, in a thread that takes little and seldom.
 
+    Not one of low priority: that is kept from a processor while it populates, and who maps memory waits for it.
     What it touches keeps its contents, so it needs no agreement with who writes there. Where the system can't
     populate memory nothing is touched ahead.
     """
@@ -45,16 +46,15 @@ class TouchAhead:
         self._has_news.set()
 
     def _run(self) -> None:
-        if hasattr(os, "SCHED_IDLE"):
-            with contextlib.suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         while True:
             self._has_news.wait()
             self._has_news.clear()
             while self.touched_bytes < min(self._used_bytes + self._headroom, len(self._memory)):
                 count = min(_SLICE_BYTES, len(self._memory) - self.touched_bytes)
+                started = time.monotonic()
                 if self._is_closed or not populate(self._memory.ctypes.data + self.touched_bytes, count):
                     return
                 self.touched_bytes += count
+                time.sleep(_REST * (time.monotonic() - started))
             if self._is_closed:
                 return
