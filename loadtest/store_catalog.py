@@ -182,7 +182,7 @@ def _servers(options: argparse.Namespace, model: Path, folder: Path) -> Iterator
     for name in ("s3", "none"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _write_few(folder / "few", manifest, names[: options.few])
-    with s3_server(folder / "s3", volume_mb=1024, niceness=19) as bucket:
+    with s3_server(folder / "s3", volume_mb=1024, niceness=10) as bucket:
         is_new = not (folder / "bucket-is-filled").exists()
         if is_new:
             for seed, name in enumerate(track(names, "filling the bucket", console=console)):

@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace, model: Path, folder: Path) -> dict[str,
     figures: dict[str, object] = {}
     for name in ("s3", "none"):
         (folder / name).mkdir()
-    with s3_server(folder / "s3", volume_mb=1024, niceness=19) as bucket:
+    with s3_server(folder / "s3", volume_mb=1024, niceness=10) as bucket:
         names = {rank: [f"r{rank}-{n}" for n in range(options.num_adapters + 1)] for rank in options.rank}
         for rank, of_rank in names.items():
             for seed, name in enumerate(of_rank):

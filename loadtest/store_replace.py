@@ -149,7 +149,7 @@ def measure(options: argparse.Namespace, model: Path, folder: Path) -> dict[str,
     others = {name: random_adapter(manifest, 8, seed, _SPREAD) for seed, name in enumerate(_OTHERS, 100)}
     for name in ("s3", "none"):
         (folder / name).mkdir()
-    with s3_server(folder / "s3", volume_mb=1024, niceness=19) as bucket:
+    with s3_server(folder / "s3", volume_mb=1024, niceness=10) as bucket:
         for name, files in {
             HOT: versions[0],
             **others,
