@@ -27,8 +27,9 @@ Preempt = Callable[[Request], None]
 
 
 class Admission:
-    """Moves requests from the queues to the running set. Calls `preempt` for those that make way, `started` for each
-    that is admitted, and `load_failed` where an adapter can never be had."""
+    """Moves requests from the queues to the running set. Calls `preempt` for those that make way, `rest` for those
+    that can't before their rows in flight are collected, and so get no more of them, `started` for each that is
+    admitted, and `load_failed` where an adapter can never be had."""
 
     def __init__(
         self,
@@ -39,6 +40,7 @@ class Admission:
         shares: FairShares,
         *,
         preempt: Preempt,
+        rest: Preempt,
         started: Callable[[Request, Draft], None],
         load_failed: Callable[[str, RequestError], None],
     ) -> None:
@@ -49,6 +51,7 @@ class Admission:
         self._shares = shares
         self._drain = Drain(queues)
         self._preempt = preempt
+        self._rest = rest
         self._started = started
         self._load_failed = load_failed
 
@@ -165,32 +168,37 @@ class Admission:
         for candidate in candidates:
             by_adapter.setdefault(candidate.adapter_key, []).append(candidate)
         by_adapter.pop("", None)
-        for key in sorted(by_adapter, key=lambda key: -self._queues[key].served):
+        leaving = {each.adapter_key for each in self._running.leaving}
+        for key in sorted(by_adapter, key=lambda key: (_is_any_in_flight(by_adapter[key]), -self._queues[key].served)):
             other, requests = self._queues[key], by_adapter[key]
             cost = sum(self._shares.recompute(each) for each in requests)
-            is_all = len(requests) == other.num_running
+            is_all = len(requests) == other.num_running and key not in leaving
             if is_all and self._shares.is_ahead(other, queue, cost) and self._slots.makes_room(key, request.adapter):
+                is_any_in_flight = _is_any_in_flight(requests)
                 for each in requests:
-                    self._preempt(each)
-                self._acquire(request, queue, now)
+                    (self._rest if is_any_in_flight else self._preempt)(each)
+                if not is_any_in_flight:
+                    self._acquire(request, queue, now)
                 return
 
     def _free_places(self, queue: AdapterQueue, candidates: list[Request]) -> None:
         """Places in the running set for as many of this adapter's line as are due, and blocks for the first."""
         given = 0.0  # what those for whom there is a place now will add to its counter
+        num_to_come = 0  # places that there will be in the next step: who has them rests
         for num_before, request in enumerate(queue.waiting):
-            while not self._has_place(request, num_before):
+            while not self._has_place(request, num_before - num_to_come):
                 victim = self._victim(queue, candidates, given)
                 if victim is None:
                     return
                 candidates.remove(victim)
-                self._preempt(victim)
+                num_to_come += victim.is_in_flight
+                (self._rest if victim.is_in_flight else self._preempt)(victim)
             given += self._shares.recompute(request)
 
     def _has_place(self, request: Request, num_before: int) -> bool:
         if len(self._running) + num_before >= self._limits.max_num_seqs:
             return False
-        return num_before > 0 or self._running.can_start(request, self._running.find_prefix(request))
+        return num_before != 0 or self._running.can_start(request, self._running.find_prefix(request))
 
     def _victim(self, queue: AdapterQueue, candidates: list[Request], given: float) -> Request | None:
         """Who yields to `queue`, whose counter will be higher by `given`."""
@@ -200,7 +208,11 @@ class Admission:
             return self._shares.is_ahead(self._queues.of(request), queue, margin)
 
         found = (request for request in reversed(candidates) if yields(request))
-        return max(found, key=lambda request: self._queues.of(request).served, default=None)
+        return max(found, key=lambda each: (not each.is_in_flight, self._queues.of(each).served), default=None)
 
     def _running_adapters(self) -> int:
         return sum(bool(queue.key and queue.num_running) for queue in self._queues)
+
+
+def _is_any_in_flight(requests: list[Request]) -> bool:
+    return any(request.is_in_flight for request in requests)

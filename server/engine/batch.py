@@ -13,14 +13,15 @@ from server.engine.messages import TokenLogprobs
 from server.engine.request import Request
 
 _NO_ROWS = np.zeros(0, np.int64)
+_UNKNOWN = [0]  # in place of a row's token that only the device has
 
 
 @dataclass(slots=True)
 class ScheduledRequest:
     """One request's share of a step: rows for positions start : start + num_tokens of its token_ids.
 
-    Set by the scheduler. `samples` says that the last row is the request's last known token, so a new
-    token is drawn from it. `logprob_positions` are positions of its prompt whose rows reach the head too.
+    Set by the scheduler. `samples` says that the last row is the request's last token, so a new token is drawn
+    from it. `logprob_positions` are positions of its prompt whose rows reach the head too.
     """
 
     request: Request
@@ -32,6 +33,11 @@ class ScheduledRequest:
     @property
     def is_decode(self) -> bool:
         return self.num_tokens == 1 and self.samples and self.start > 0
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether its token is still being drawn by a step in flight. It is its only row then."""
+        return self.start >= len(self.request.token_ids)
 
 
 def row_order(item: ScheduledRequest) -> tuple[bool, int]:
@@ -69,10 +75,10 @@ class Batch:
 
     items: list[ScheduledRequest]  # in row order
     num_decodes: int  # leading items with exactly one row
-    ids: np.ndarray  # int64 [rows]
+    ids: np.ndarray  # int64 [rows]; 0 where the token is not known yet
     positions: np.ndarray  # int64 [rows]
     kv_slots: np.ndarray  # int64 [rows]: block * block_size + offset
-    rope_lengths: np.ndarray  # int64 [rows]: the owning request's known length (per-row rotary variants)
+    rope_lengths: np.ndarray  # int64 [rows]: the owning request's length (per-row rotary variants)
     query_starts: list[int]  # [items + 1]
     context_lens: list[int]  # [items]
     block_tables: np.ndarray  # int32 [items, max blocks in use], 0 beyond a request's own
@@ -81,6 +87,8 @@ class Batch:
     sample_items: list[ScheduledRequest]  # in the order of sample_rows
     prompt_rows: np.ndarray = field(default_factory=lambda: _NO_ROWS)  # int64: rows of all logprob_positions
     prompt_items: list[ScheduledRequest] = field(default_factory=list)  # those that have any, in row order
+    unknown_rows: np.ndarray = field(default_factory=lambda: _NO_ROWS)  # int64: rows whose token only the device has
+    unknown_places: np.ndarray = field(default_factory=lambda: _NO_ROWS)  # int64: where, in its table of last tokens
 
     @property
     def num_rows(self) -> int:
@@ -90,6 +98,11 @@ class Batch:
     def head_rows(self) -> np.ndarray:
         """int64: the rows whose hidden states reach the head, the sampled ones first."""
         return np.concatenate([self.sample_rows, self.prompt_rows]) if len(self.prompt_rows) else self.sample_rows
+
+    @property
+    def sample_places(self) -> list[int]:
+        """Where the drawn tokens go in the device's table of last tokens, in the order of sample_rows."""
+        return [item.request.place for item in self.sample_items]
 
 
 class BatchBuilder:
@@ -118,6 +131,7 @@ class BatchBuilder:
         ends = np.cumsum(counts)
         block_tables = self._tables.gather([item.request for item in items])
         self._fill_rows(items, counts, ends, block_tables)
+        unknown = [index for index, item in enumerate(items) if item.is_ahead]
         rows = int(ends[-1])
         sample_items = [item for item in items if item.samples]
         samples = np.fromiter((item.samples for item in items), np.bool_, len(items))
@@ -139,6 +153,8 @@ class BatchBuilder:
             sample_items=sample_items,
             prompt_rows=_prompt_rows(items, ends) if prompt_items else _NO_ROWS,
             prompt_items=prompt_items,
+            unknown_rows=ends[unknown] - 1 if unknown else _NO_ROWS,
+            unknown_places=np.array([items[index].request.place for index in unknown], np.int64),
         )
 
     def _fill_rows(
@@ -152,7 +168,7 @@ class BatchBuilder:
         for item in items:
             end = item.start + item.num_tokens
             assert end <= len(item.request.blocks) * self._block_size, "rows without a block to write to"
-            ids += item.request.token_ids[item.start : end]
+            ids += item.request.token_ids[item.start : end] or _UNKNOWN
         rows = len(ids)
         starts = np.fromiter((item.start for item in items), np.int64, len(items))
         known = np.fromiter((len(item.request.token_ids) for item in items), np.int64, len(items))
@@ -161,7 +177,7 @@ class BatchBuilder:
         np.add(self._rows[:rows], np.repeat(starts - ends + counts, counts), out=positions)
         blocks = block_tables[np.repeat(self._rows[: len(items)], counts), positions // self._block_size]
         np.add(blocks * np.int64(self._block_size), positions % self._block_size, out=self._kv_slots[:rows])
-        self._rope_lengths[:rows] = np.repeat(known, counts)
+        self._rope_lengths[:rows] = np.repeat(np.maximum(known, starts + counts), counts)
 
 
 def _prompt_rows(items: Sequence[ScheduledRequest], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

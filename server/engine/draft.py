@@ -40,11 +40,12 @@ class Draft:
             count = positions.stop - start
             if not count:
                 return None
-        samples = start + count == len(request.token_ids)
+        samples = start + count == request.length
         item = ScheduledRequest(request, start, count, samples, positions)
         self.plan.items.append(item)
         self.budget -= count
         self.logprob_rows -= len(positions)
         request.num_scheduled += count
+        request.num_draws += samples
         request.is_in_flight = True
         return item

@@ -44,6 +44,14 @@ class SchedulerLimits:
     """what a 503 tells the client"""
     rope_switch: int | None = None
     """longrope: requests of more known tokens than this use the long rotary variant"""
+    steps_in_flight: int = 1
+    """steps dispatched before the oldest is collected. With 2 a request's next row is scheduled before its token is
+    known, so that the device need not wait for the host; where the host computes, it would only be a row too many"""
+
+    @property
+    def num_places(self) -> int:
+        """Requests that own anything at once: those that run, and those that have ended with rows in flight."""
+        return self.max_num_seqs * self.steps_in_flight
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_adapters_per_step", "max_model_len"):
@@ -56,6 +64,8 @@ class SchedulerLimits:
             raise ConfigError(f"max_mixed_prefill must be at least 1, not {self.max_mixed_prefill}")
         if self.max_logprob_rows is not None and self.max_logprob_rows < 1:
             raise ConfigError(f"max_logprob_rows must be at least 1, not {self.max_logprob_rows}")
+        if self.steps_in_flight not in (1, 2):
+            raise ConfigError(f"steps_in_flight must be 1 or 2, not {self.steps_in_flight}")
         if self.max_step_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_step_tokens is {self.max_step_tokens} and max_num_seqs {self.max_num_seqs}: "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from server.engine.batch import ScheduledRequest, StepPlan, StepResult
 from server.engine.messages import RequestError, RequestOutput
-from server.engine.request import NO_TOKEN, NOT_FINITE, FinishReason, Request
+from server.engine.request import NO_TOKEN, NOT_FINITE, FinishReason, Request, RequestState
 from server.engine.running import RunningSet
 
 _OVERFLOW = RequestError(
@@ -49,12 +49,27 @@ class Outcomes:
         outputs = [self._collect_item(item, result, now) for item in plan.items]
         return [output for output in outputs if output is not None]
 
+    def may_run_ahead(self, request: Request) -> bool:
+        """Whether a row may follow one in flight that draws. Not where it is foreseen that the token will end the
+        request or have all its KV computed anew, nor where the host needs the token for the next draw."""
+        return (
+            request.num_output + request.num_draws < request.params.max_tokens
+            and request.length < self._max_len
+            and not self._running.is_rope_crossed(request.length)
+            and not request.reads_last_token
+        )
+
     def _collect_item(self, item: ScheduledRequest, result: StepResult, now: float) -> RequestOutput | None:
         request = item.request
         assert request.is_in_flight, f"request {request.request_id!r} is collected twice"
         assert request.num_computed == item.start, "plans are collected in the order of their schedule()"
         request.num_computed = item.start + item.num_tokens
+        request.num_draws -= item.samples
         request.is_in_flight = request.num_computed < request.num_scheduled
+        if request.state is RequestState.FINISHED:  # the row was one too many: what it drew and wrote is nobody's
+            if not request.is_in_flight:
+                self._running.let_go(request)
+            return None
         if request.abort_requested:
             if request.is_in_flight:
                 return None
@@ -82,7 +97,7 @@ class Outcomes:
         reason, stop_token_id = self._stop(request, token)
         if reason is not None:
             self._finish(request, reason, None)
-        elif self._running.is_rope_crossed(request):
+        elif self._running.is_rope_crossed(len(request.token_ids)):
             request.block_hashes.clear()  # the other variant's; all KV must be computed anew
             self._preempt(request)
         return RequestOutput(

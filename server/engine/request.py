@@ -14,6 +14,9 @@ NOT_FINITE = -1
 NO_TOKEN = -2
 """In place of a sampled id: the request's own masks and bans left no token to draw."""
 
+NO_PLACE = -1
+"""In place of an index into the device's table of last tokens: the host knows the token."""
+
 
 class RequestState(enum.Enum):
     PENDING = "pending"  # its adapter's image is not on disk yet
@@ -33,9 +36,9 @@ class FinishReason(enum.StrEnum):
 class Request:
     """State of one request.
 
-        token_ids:  [ prompt ................ | output ...... ]
+        token_ids:  [ prompt ................ | output ...... ] num_draws more are being drawn
                       num_computed ──────▶ (KV is written and collected up to here)
-                      num_scheduled ─────────▶ (… plus what is dispatched but not collected)
+                      num_scheduled ─────────────▶ (… plus what is dispatched but not collected)
 
     Set at arrival and never changed: request_id, num_prompt, params, cache_salt, arrival_s, pending_key,
     priority.
@@ -55,9 +58,11 @@ class Request:
     state: RequestState = RequestState.WAITING
     num_computed: int = 0
     num_scheduled: int = 0
+    num_draws: int = 0  # rows in flight that draw a token: it will come, the host does not know it yet
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks, kept by the block pool
     slot: int = 0  # device slot while it holds a ref; 0 = base
+    place: int = NO_PLACE  # in the device's table of last tokens, while it owns blocks
     num_charged: int = 0  # positions below it were counted in its adapter's fair share
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
@@ -76,9 +81,27 @@ class Request:
         return len(self.token_ids) - self.num_prompt
 
     @property
+    def length(self) -> int:
+        """Its tokens once all that is in flight was collected, if none of them ends it."""
+        return len(self.token_ids) + self.num_draws
+
+    @property
     def num_remaining(self) -> int:
-        """Tokens known but neither computed nor dispatched."""
-        return len(self.token_ids) - self.num_scheduled
+        """Tokens, those being drawn included, that are neither computed nor dispatched."""
+        return self.length - self.num_scheduled
+
+    @property
+    def draw_index(self) -> int:
+        """Where in the output the token stands that is drawn by the last of its rows that were scheduled."""
+        return self.num_output + max(0, self.num_draws - 1)
+
+    @property
+    def reads_last_token(self) -> bool:
+        """Whether its draws need all tokens before them on the host: penalties count them, and a bad word of
+        several tokens may be about to end."""
+        params = self.params
+        is_penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        return bool(is_penalised) or any(len(word) > 1 for word in params.bad_words)
 
     @property
     def lacks_prompt_logprobs(self) -> bool:

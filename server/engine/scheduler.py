@@ -7,10 +7,12 @@
 A step, one mixed batch under a token budget: decodes, then prefill chunks of running requests, then
 admissions. Nothing here waits: what can't go now is passed over and ages.
 
-- A running request owns the blocks of all its known tokens and, with an adapter, a ref on its slot. Both
-  are taken at admission and given up when it finishes or is preempted, never while rows are in flight.
-- num_scheduled advances in schedule(), num_computed in collect(). A request whose next token is not yet
-  known has nothing to schedule, so with two steps in flight only the chunks of one prompt overlap.
+- A running request owns the blocks of all its tokens and, with an adapter, a ref on its slot. Both are taken at
+  admission and given up when it finishes or is preempted, never while rows are in flight.
+- num_scheduled advances in schedule(), num_computed in collect(). With steps_in_flight 2 a request gets its next
+  row while its token is being drawn, which only the device knows then. If that token ends it, the row in flight
+  is one too many: its terminal event goes out at once, and what it holds goes when that row was collected.
+- Who is to make way with rows in flight rests: it gets no more, and makes way at the next schedule().
 - Fair shares: adapters are served by weight, in tokens (shares.py). The least served is admitted first
   (queues.py); a running one that is far ahead of it makes way (admission.py), and its prompts go on only with
   the rows that admissions leave.
@@ -44,7 +46,7 @@ from server.engine.limits import SchedulerLimits
 from server.engine.messages import RequestError, RequestOutput, StepStats
 from server.engine.outcomes import Outcomes
 from server.engine.queues import AdapterQueue, Turn, WaitingQueues
-from server.engine.request import FinishReason, Request, RequestState, priority_of
+from server.engine.request import NO_PLACE, FinishReason, Request, RequestState, priority_of
 from server.engine.running import RunningSet, Slots
 from server.engine.shares import FairShares
 from server.engine.waits import Waits
@@ -60,11 +62,12 @@ class Scheduler:
         self._max_len = min(limits.max_model_len, blocks.num_usable * blocks.block_size)
         self._num_turns = 0
         self._requests: dict[str, Request] = {}
-        self._running = RunningSet(blocks, slots, limits.rope_switch)
+        self._running = RunningSet(blocks, slots, limits)
         self._queues = WaitingQueues(limits, slots.is_ready, slots.want)
         self._shares = FairShares(limits)
         self._waits = Waits(limits)
         self._pending: dict[str, dict[str, Request]] = {}  # by pending key
+        self._resting: set[Request] = set()  # no rows in this step, so that they can make way in the next
         self._admission = Admission(
             limits,
             self._queues,
@@ -72,6 +75,7 @@ class Scheduler:
             slots,
             self._shares,
             preempt=self._make_yield,
+            rest=self._resting.add,
             started=self._started,
             load_failed=self.load_failed,
         )
@@ -173,7 +177,6 @@ class Scheduler:
         self._ended.append(request)
 
     def _finish(self, request: Request, reason: FinishReason, error: RequestError | None = None) -> None:
-        assert not request.is_in_flight, f"request {request.request_id!r} finishes with rows in flight"
         if request.state is RequestState.RUNNING:
             self._queues.of(request).num_running -= 1
             self._running.give_up(request)
@@ -193,14 +196,23 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Pick the rows of the next step. `now`: the monotonic clock that arrival_s is on."""
         self._expire(now)
+        self._resting.clear()
         turns = self._queues.turns(now)
         self._admission.make_way(now, turns)
-        ready = [r for r in self._running if r.num_remaining > 0 and not r.abort_requested]
+        ready = [request for request in self._running if self._is_due(request)]
         chosen = self._choose_adapters(ready)
         draft = Draft.of(self.limits, now, chosen)
         self._schedule_running(draft, [r for r in ready if r.adapter is None or r.adapter_key in chosen], turns)
         draft.plan.ended, self._ended = self._ended, []
         return draft.plan
+
+    def _is_due(self, request: Request) -> bool:
+        """Whether a running request may have rows now."""
+        if request.num_remaining <= 0 or request.abort_requested or request in self._resting:
+            return False
+        if request.num_draws == 0:
+            return True
+        return request.num_draws < self.limits.steps_in_flight and self._outcomes.may_run_ahead(request)
 
     def _expire(self, now: float) -> None:
         """End what has waited for too long without ever having run."""
@@ -242,8 +254,7 @@ class Scheduler:
         requests.sort(key=priority_of)
         prefills = [request for request in requests if request.num_remaining > 1]
         for request in requests:
-            is_next = request.num_remaining == 1 and request.state is RequestState.RUNNING
-            if is_next and self._make_room(request):
+            if request.num_remaining == 1 and self._is_here(request) and self._make_room(request):
                 self._give_rows(request, draft)
         if draft.plan.items and self.limits.max_mixed_prefill is not None:
             draft.budget = min(draft.budget, self.limits.max_mixed_prefill)
@@ -261,8 +272,12 @@ class Scheduler:
 
     def _prefill(self, draft: Draft, requests: list[Request]) -> None:
         for request in requests:
-            if draft.budget and request.state is RequestState.RUNNING:
+            if draft.budget and self._is_here(request):
                 self._give_rows(request, draft)
+
+    def _is_here(self, request: Request) -> bool:
+        """Whether a request that was due had not to make way meanwhile."""
+        return request.state is RequestState.RUNNING and request not in self._resting
 
     def _give_rows(self, request: Request, draft: Draft) -> None:
         item = draft.give_rows(request)
@@ -278,6 +293,9 @@ class Scheduler:
             victim = self._running.victim_for(request)
             if victim is None:
                 return False
+            if victim.is_in_flight:
+                self._resting.add(victim)
+                return False
             self._make_yield(victim)
             if victim is request:
                 return False
@@ -289,6 +307,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the front of the line with its tokens, to be computed anew."""
+        assert not request.is_in_flight, f"request {request.request_id!r} has rows in flight"
         self._queues.of(request).num_running -= 1
         self._running.give_up(request)
         request.num_computed = request.num_scheduled = 0
@@ -339,6 +358,7 @@ class Scheduler:
         assert len(everyone) == len(self._requests), "a request is in two places"
         for request in [*waiting, *pending]:
             assert not (request.blocks or request.slot or request.is_in_flight), "who waits owns nothing"
+            assert request.place == NO_PLACE
         assert all(r.state is RequestState.WAITING for r in waiting)
         self._waits.check_integrity(waiting, pending)
         for queue in self._queues:

@@ -3,6 +3,9 @@
 The model's next token is a checksum of (adapter, rotary variant, all tokens so far). Its KV is a list that
 says, per position, whose it is and of which tokens. So a step that would read a wrong block, a stale one
 or one of another adapter or tenant is seen at once, and every answer can be worked out without an engine.
+
+A dispatched step is run at once, as a device runs its queue in order; what it drew is told at collect. Until then
+only the table of last tokens has it, and rows that need it have to find it there.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ from typing import Any
 
 from adapters_store.ref import AdapterRef
 from server.adapters.slots import AdapterSlots
-from server.engine.batch import Batch, BatchBuilder, StepPlan, StepResult
+from server.engine.batch import Batch, BatchBuilder, ScheduledRequest, StepPlan, StepResult
 from server.engine.blocks import BlockPool
 from server.engine.limits import SchedulerLimits
 from server.engine.messages import RequestError, RequestOutput, SamplingParams, TokenLogprobs
-from server.engine.request import FinishReason, Request, RequestState
+from server.engine.request import NOT_FINITE, FinishReason, Request, RequestState
 from server.engine.scheduler import Scheduler
 from tests.unit.byte_device import PAGE, ByteDevice, make_ref
 
@@ -73,6 +76,9 @@ class World:
         self.batches = BatchBuilder(self.limits.max_step_tokens, self.limits.max_num_seqs, num_blocks, block_size)
         self.kv: list[object] = [None] * (num_blocks * block_size)
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        self.table: dict[int, int] = {}  # the device's last tokens, by place
+        self.drawing: dict[Request, list[int]] = defaultdict(list)  # tokens drawn by steps in flight, in order
+        self.broken: set[str] = set()  # ids of requests whose logits are NaN from now on
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[RequestOutput]] = defaultdict(list)
         self.ended: dict[str, str] = {}  # terminal events
@@ -152,6 +158,8 @@ class World:
         plan, result = self.in_flight.popleft()
         for item in plan.items:
             self.device.in_use[item.request.slot] -= 1
+            if item.samples:
+                self.drawing[item.request].pop(0)
         outputs = self.scheduler.collect(plan, result, self.now)
         for output in outputs:
             self.outputs[output.request_id].append(output)
@@ -160,18 +168,21 @@ class World:
         return outputs
 
     def step(self, *, is_loading: bool = False, seconds: float = 0.01) -> dict[str, int]:
-        """One whole step; the rows of each request in it. Loads finish first unless `is_loading`."""
+        """Schedule a step, and collect the oldest one once `steps_in_flight` are, or there is nothing to schedule.
+
+        The rows of each request in what was scheduled. Loads finish first unless `is_loading`.
+        """
         if not is_loading:
             self.finish_loads()
         plan = self.schedule()
         self.now += seconds
-        if plan.items:
+        if self.in_flight and (len(self.in_flight) >= self.limits.steps_in_flight or not plan.items):
             self.collect()
         return {item.request.request_id: item.num_tokens for item in plan.items}
 
     def run(self, max_steps: int = 2000) -> None:
-        """Step until everything has ended."""
-        self.run_until(lambda: not self.scheduler.has_work, max_steps)
+        """Step until everything has ended, and was collected."""
+        self.run_until(lambda: not (self.scheduler.has_work or self.in_flight), max_steps)
 
     def run_until(
         self, is_reached: Callable[[], bool], max_steps: int = 500, *, seconds: float = 0.01
@@ -208,16 +219,19 @@ class World:
         self.scheduler.check_integrity()
         self.slots.check_integrity()
         refs: dict[str, int] = defaultdict(int)
+        in_flight = {item.request for plan, _ in self.in_flight for item in plan.items}
         for request in self.requests.values():
-            is_running = request.state is RequestState.RUNNING
-            if is_running and request.slot:
+            is_leaving = request.state is RequestState.FINISHED and request in in_flight
+            is_owner = request.state is RequestState.RUNNING or is_leaving
+            if is_owner and request.slot:
                 assert self.slots.holds(request.slot, request.adapter_key)
                 refs[request.adapter_key] += 1
             is_told = request.request_id in self.ended or request in self.scheduler._ended
             assert (request.state is RequestState.FINISHED) == is_told
-            assert is_running or not (request.blocks or request.slot)
+            assert bool(request.blocks) == is_owner and (is_owner or not request.slot)
+            assert request.is_in_flight == (request in in_flight)
         held = {key: image.refs for key, image in self.slots._images.items() if image.refs}
-        assert held == dict(refs), "slot refs are not the running requests of each adapter"
+        assert held == dict(refs), "slot refs are not the requests of each adapter that have or had rows"
 
     def check_ended(self) -> None:
         """Everything has ended: right answers, one terminal event each, and nothing left behind."""
@@ -298,6 +312,8 @@ class World:
     def _dispatch(self, plan: StepPlan) -> None:
         """The model's part: write the rows' KV, then read each request's whole context."""
         batch = self.batches.build(plan)
+        places = dict(zip(batch.unknown_rows.tolist(), batch.unknown_places.tolist(), strict=True))
+        known = {item.request: [*item.request.token_ids, *self.drawing[item.request]] for item in batch.items}
         for item, first, end in zip(batch.items, batch.query_starts[:-1], batch.query_starts[1:], strict=True):
             request = item.request
             if request.slot:
@@ -305,10 +321,13 @@ class World:
             self.device.in_use[request.slot] += 1
             for row in range(first, end):
                 position = int(batch.positions[row])
-                assert batch.ids[row] == request.token_ids[position]
+                token = self.table[places.pop(row)] if row in places else batch.ids[row]
+                assert token == known[request][position], f"{request.request_id}@{position} runs with another token"
+                assert batch.rope_lengths[row] == len(known[request]) == request.length - item.samples
                 kv_slot = int(batch.kv_slots[row])
                 assert kv_slot >= self.blocks.block_size, "a row writes to the dummy block"
-                self.kv[kv_slot] = self._content(request, position, int(batch.rope_lengths[row]))
+                self.kv[kv_slot] = self._content(request, known[request][: position + 1], int(batch.rope_lengths[row]))
+        assert not places
         result = StepResult()
         for index, item in enumerate(batch.items):
             request = item.request
@@ -316,21 +335,34 @@ class World:
             for position in range(batch.context_lens[index]):
                 block, offset = divmod(position, self.blocks.block_size)
                 seen = self.kv[table[block] * self.blocks.block_size + offset]
-                wanted = self._content(request, position, len(request.token_ids))
+                wanted = self._content(request, known[request][: position + 1], len(known[request]))
                 assert seen == wanted, f"{request.request_id}@{position} reads {seen}, not {wanted}"
             if item.samples:
-                rope = self._rope(len(request.token_ids))
-                token = result.tokens[request.request_id] = next_token(request.adapter_key, rope, request.token_ids)
-                result.logprobs[request.request_id] = known_logprobs(
-                    request.adapter_key, [*request.token_ids, token], len(request.token_ids)
-                )
+                self._draw(item, known[request], result)
             if item.logprob_positions:
                 result.prompt_logprobs[request.request_id] = [
                     known_logprobs(request.adapter_key, request.token_ids, position + 1)
                     for position in item.logprob_positions
                 ]
         self._check_head_rows(batch)
+        for item, place in zip(batch.sample_items, batch.sample_places, strict=True):
+            self.table[place] = self.drawing[item.request][-1]
+        assert len(set(batch.sample_places)) == len(batch.sample_items), "two requests share a place"
         self.in_flight.append((plan, result))
+
+    def _draw(self, item: ScheduledRequest, tokens: list[int], result: StepResult) -> None:
+        """The token that follows `tokens`."""
+        request = item.request
+        assert request.draw_index == len(tokens) - request.num_prompt
+        assert request.draw_index < max(1, request.params.max_tokens), "its end by length was known"
+        assert len(tokens) < self.max_len or not request.params.max_tokens, "its end by length was known"
+        assert not (request.reads_last_token and self.drawing[request]), "it draws by tokens that the host lacks"
+        is_broken = request.request_id in self.broken
+        token = NOT_FINITE if is_broken else next_token(request.adapter_key, self._rope(len(tokens)), tokens)
+        result.tokens[request.request_id] = token
+        self.drawing[request].append(max(token, 0))
+        logprobs = known_logprobs(request.adapter_key, [*tokens, token], len(tokens))
+        result.logprobs[request.request_id] = logprobs
 
     def _check_head_rows(self, batch: Batch) -> None:
         """The head sees the last row of who samples, then the rows of all positions that give prompt logprobs."""
@@ -344,6 +376,5 @@ class World:
         assert batch.head_rows.tolist() == sampled + given and len(set(sampled + given)) == len(sampled + given)
         assert batch.prompt_items == [item for item in batch.items if item.logprob_positions]
 
-    def _content(self, request: Request, position: int, num_known: int) -> object:
-        prefix = tuple(request.token_ids[: position + 1])
-        return request.adapter_key, request.cache_salt, self._rope(num_known), prefix
+    def _content(self, request: Request, prefix: list[int], num_known: int) -> object:
+        return request.adapter_key, request.cache_salt, self._rope(num_known), tuple(prefix)

@@ -30,11 +30,12 @@ prompts = st.builds(
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Up to `depth` steps in flight."""
+    """Up to `depth` steps in flight; `runs_ahead`: rows follow draws that are not collected."""
 
     @initialize(
         num_blocks=st.integers(7, 18),
         depth=st.integers(1, 2),
+        runs_ahead=st.booleans(),
         limits=st.fixed_dictionaries(
             {
                 "max_num_seqs": st.integers(1, 6),
@@ -52,13 +53,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         ),
         has_prefix_cache=st.sampled_from([True, True, False]),
     )
-    def begin(self, num_blocks: int, depth: int, limits: dict[str, Any], has_prefix_cache: bool) -> None:
+    def begin(
+        self, num_blocks: int, depth: int, runs_ahead: bool, limits: dict[str, Any], has_prefix_cache: bool
+    ) -> None:
         self.world = World(
             num_blocks=num_blocks,
             block_size=4,
             arena_pages=4,
             max_slots=5,
             has_prefix_cache=has_prefix_cache,
+            steps_in_flight=1 + runs_ahead,
             **limits,
         )
         self.depth = depth
@@ -74,6 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         ignore_eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (1, 2, 3)]),
+        repetition_penalty=st.sampled_from([1.0, 1.0, 1.0, 1.5]),
         logprobs=st.sampled_from([None, None, 0]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
         priority=st.sampled_from([0, 0, 0, -1, 2]),
@@ -90,6 +95,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject) -> None:
         """Any id: alive, in flight, ended or never heard of."""
         self.world.scheduler.abort(f"r{data.draw(st.integers(0, self.count + 1))}")
+
+    @precondition(lambda self: self.count)
+    @rule(data=st.data())
+    def break_logits(self, data: st.DataObject) -> None:
+        """What the model gives for a request is not finite from now on."""
+        self.world.broken.add(f"r{data.draw(st.integers(1, self.count))}")
 
     @rule(index=st.integers(0, len(KEYS) - 1))
     def adapter_ready(self, index: int) -> None:

@@ -60,8 +60,9 @@ class Ledger:
             self._seen[request.request_id] = max(end, self._seen[request.request_id])
             self.cost[name_of(request.adapter)] += new * self.world.limits.input_cost
         self.world.now += 0.01
-        if plan.items:
-            adapters = {item.request.request_id: item.request.adapter for item in plan.items}
+        in_flight = self.world.in_flight
+        if in_flight and (len(in_flight) >= self.world.limits.steps_in_flight or not plan.items):
+            adapters = {item.request.request_id: item.request.adapter for item in in_flight[0][0].items}
             for output in self.world.collect():
                 name = name_of(adapters[output.request_id])
                 self.cost[name] += len(output.token_ids) * self.world.limits.output_cost
@@ -153,12 +154,15 @@ sizes = st.tuples(st.integers(1, 24), st.integers(1, 40))  # prompt and output t
     num_blocks=st.sampled_from([24, 300]),
     has_prefix_cache=st.booleans(),
     late=st.sampled_from([0, 7, 200]),
+    steps_in_flight=st.integers(1, 2),
 )
-def test_the_difference_of_weighted_service_is_bounded(of, has_base, num_blocks, has_prefix_cache, late):
+def test_the_difference_of_weighted_service_is_bounded(
+    of, has_base, num_blocks, has_prefix_cache, late, steps_in_flight
+):
     """All have requests in line all the time; the last comes `late` steps after the others, and starts at no less."""
     world = Busy(
         num_blocks=num_blocks, has_prefix_cache=has_prefix_cache, max_num_seqs=6, max_step_tokens=24,
-        fair_quantum=64.0, residency_quantum=16.0, max_wait_s=1e9,
+        fair_quantum=64.0, residency_quantum=16.0, max_wait_s=1e9, steps_in_flight=steps_in_flight,
     )  # fmt: skip
     ledger = Ledger(world)
     refs = [None if has_base and index == 0 else adapter(f"a{index}") for index in range(len(of))]
@@ -217,20 +221,23 @@ def crowded(num_seqs: int, **limits) -> World:
     return world
 
 
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
 @pytest.mark.parametrize("ref", [None, adapter("alone")], ids=["base", "adapter"])
-def test_a_crowd_of_long_answers_makes_way_within_a_quantum(ref):
-    world = crowded(8, fair_quantum=128.0)
+def test_a_crowd_of_long_answers_makes_way_within_a_quantum(ref, steps_in_flight):
+    world = crowded(8, fair_quantum=128.0, steps_in_flight=steps_in_flight)
     world.add("alone", 8, ref, max_tokens=4)
     # the quantum, and what is computed again of the victim (8 + at most 100 tokens), at 8 x 2 a step; then a prompt
     most = (128 + 108) // 16 + 3
+    most += 2 * (steps_in_flight - 1)  # the victim's row in flight, and the first token's own
     assert steps_to_first_token(world, "alone", most) <= most
     world.run_until(lambda: "alone" in world.ended)
     assert world.scheduler.num_preemptions == 1, "one place was enough"
     world.check()
 
 
-def test_who_asks_for_as_much_gets_as_many_places():
-    world = crowded(8, fair_quantum=128.0)
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_who_asks_for_as_much_gets_as_many_places(steps_in_flight):
+    world = crowded(8, fair_quantum=128.0, steps_in_flight=steps_in_flight)
     for index in range(20):
         world.add(f"y{index}", 8, adapter("y"), max_tokens=900)
     for _ in range(60):
@@ -243,8 +250,10 @@ def test_who_asks_for_as_much_gets_as_many_places():
     world.check()
 
 
-def test_blocks_make_way_too():
-    world = World(num_blocks=41, block_size=4, max_num_seqs=8, fair_quantum=32.0, max_model_len=160, max_wait_s=1e9)
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_blocks_make_way_too(steps_in_flight):
+    limits = {"max_num_seqs": 8, "fair_quantum": 32.0, "max_model_len": 160, "max_wait_s": 1e9}
+    world = World(num_blocks=41, block_size=4, steps_in_flight=steps_in_flight, **limits)
     world.add("long", 4, adapter("x"), max_tokens=130)
     world.run_until(lambda: len(world.answer("long")) > 20)
     alone = world.add("alone", 140, adapter("y"), max_tokens=4)
@@ -254,9 +263,10 @@ def test_blocks_make_way_too():
     world.check_ended()
 
 
-def test_device_memory_makes_way_too():
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_device_memory_makes_way_too(steps_in_flight):
     """Where an adapter would hold the arena for as long as its answer takes."""
-    world = World(**LONG, arena_pages=1, age_limit_s=1e9, fair_quantum=64.0)
+    world = World(**LONG, arena_pages=1, age_limit_s=1e9, fair_quantum=64.0, steps_in_flight=steps_in_flight)
     world.add("long", 8, adapter("x"), max_tokens=300)
     world.run_until(lambda: "long" in world.started)
     world.add("alone", 8, adapter("y"), max_tokens=4)
@@ -266,8 +276,9 @@ def test_device_memory_makes_way_too():
     world.check_ended()
 
 
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
 @pytest.mark.parametrize("obstacle", ["pinned", "small", "priority"])
-def test_nobody_makes_way_in_vain(obstacle):
+def test_nobody_makes_way_in_vain(obstacle, steps_in_flight):
     """Where it would not help, or would help one of less priority, it goes on undisturbed."""
     world = World(
         **LONG,
@@ -276,6 +287,7 @@ def test_nobody_makes_way_in_vain(obstacle):
         age_limit_s=1e9,
         fair_quantum=64.0,
         max_num_seqs=4,
+        steps_in_flight=steps_in_flight,
     )
     x, y, pinned = adapter("x"), adapter("y", pages=2 if obstacle == "small" else 1), adapter("pinned")
     if obstacle == "pinned":
