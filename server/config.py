@@ -41,6 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     cache_dir: str = ""
     backend: KernelBackend = "auto"
+    steps_in_flight: int | None = None  # 2: one is scheduled while another runs; None: 1 on the CPU, 2 on a GPU
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -71,6 +71,7 @@ def build(config: EngineConfig, *, device_of: Callable[[AdapterArena], SlotDevic
     adapt(base.model, manifest, step)
     slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=max_slots, device=device_of(arena))
     kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
+    limits = _limits(config, base, manifest)
     runner = ModelRunner(
         forward_of(base, manifest, step, kv, backend, config.max_step_tokens),
         step,
@@ -79,9 +80,10 @@ def build(config: EngineConfig, *, device_of: Callable[[AdapterArena], SlotDevic
         max_rows=config.max_step_tokens,
         device=base.device,
         holds=slots.holds,
+        steps_in_flight=limits.steps_in_flight,
+        num_places=limits.num_places,
     )
     blocks = BlockPool(memory.num_blocks, config.block_size, has_prefix_cache=config.enable_prefix_cache)
-    limits = _limits(config, base, manifest)
     return EngineCore(
         ready=_ready(config, base, manifest, manifest_path, memory),
         scheduler=Scheduler(limits, blocks, slots),
@@ -97,6 +99,7 @@ def build(config: EngineConfig, *, device_of: Callable[[AdapterArena], SlotDevic
         host=host,
         warm=arena.warm if host is not None else None,
         on_close=arena.close,
+        steps_in_flight=limits.steps_in_flight,
     )
 
 
@@ -168,6 +171,7 @@ def _limits(config: EngineConfig, base: LoadedBase, manifest: BaseManifest) -> S
         max_logprob_rows=max(1, MAX_PROMPT_LOGITS // manifest.vocab_size),
         max_wait_s=config.max_queue_wait_s,
         rope_switch=base.rope_switch,
+        steps_in_flight=config.steps_in_flight or (1 if base.device.type == "cpu" else 2),
     )
 
 

@@ -1,8 +1,16 @@
-"""EngineCore: one step is schedule, dispatch, collect. No I/O, no threads, no waiting."""
+"""EngineCore: one step is schedule, dispatch, collect. No I/O, no threads, no waiting but for the device.
+
+With two steps in flight the next is dispatched before the last is collected, so that the device goes from one to
+the other while the host is at the next but one:
+
+    host    schedule, dispatch n+1 │ collect n: wait, append, free │ schedule, dispatch n+2 │ collect n+1 ...
+    device  ────────── step n ──────────────▶│──────── step n+1 ─────────────────────────────▶│── step n+2
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -31,7 +39,8 @@ from server.engine.tally import StepTally
 
 
 class Runner(Protocol):
-    """What the core needs of the model: start a step, and later what it gave."""
+    """What the core needs of the model: start a step, and later what it gave. Steps run, and are collected, in the
+    order of their dispatch; how many may be in flight is the scheduler's limit."""
 
     def dispatch(self, batch: Batch) -> Any: ...
 
@@ -56,6 +65,7 @@ class EngineCore:
         host: HostCache | None = None,
         warm: Callable[[AdapterRef], Future[None]] | None = None,
         on_close: Callable[[], None] = lambda: None,
+        steps_in_flight: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ready = ready
@@ -65,8 +75,12 @@ class EngineCore:
         self._runner = runner
         self._phases_of = phases_of
         self._on_close = on_close
+        self._steps_in_flight = steps_in_flight  # the scheduler's limit
         self._clock = clock
-        self._last = _StepFacts()
+        self._in_flight: deque[_Step] = deque()
+        self._collected_s = 0.0
+        self._last = _StepFacts()  # of the last step collected
+        self._last_s = 0.0  # seconds that it took
         self._tally = StepTally()
         self._host = host
         self._warm = warm  # brings an image to host memory
@@ -128,36 +142,50 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether a step could change anything."""
-        return bool(self._refused) or self.scheduler.has_work or self.slots.num_loading > 0
+        has_steps = bool(self._in_flight) or self.scheduler.has_work
+        return has_steps or bool(self._refused) or self.slots.num_loading > 0
 
     def step(self) -> StepOutputs:
-        """Finish loads, pick rows, run them, collect. Outputs may be empty: nothing could run yet."""
+        """Finish loads, pick rows, dispatch them, collect the oldest step. Outputs may be empty: nothing ran."""
         for image_key, error in self.slots.poll():
             self.scheduler.load_failed(image_key, _load_error(error))
-        plan = self.scheduler.schedule(self._clock())
-        outputs = self._refused + [_ended(request) for request in plan.ended]
-        self._refused = []
-        if plan.items:
-            outputs += self._run(plan)
+        outputs, self._refused = self._refused, []
+        while len(self._in_flight) < self._steps_in_flight:
+            plan = self.scheduler.schedule(self._clock())
+            outputs += [_ended(request) for request in plan.ended]
+            if not plan.items:
+                break
+            self._dispatch(plan)
+        if self._in_flight:
+            outputs += self._collect(self._in_flight.popleft())
         changes = self.slots.take_changes() + self._host_changes() + self._failed_warmings()
         for change in changes:
             if change.state == "ready":
                 self._tally.load(self._phases_of(change.image_key))
         return StepOutputs(outputs=outputs, stats=self._stats(), slot_changes=changes)
 
-    def _run(self, plan: StepPlan) -> list[RequestOutput]:
+    def _dispatch(self, plan: StepPlan) -> None:
         started = self._clock()
-        image_keys = {item.request.request_id: item.request.adapter_key for item in plan.items}
         batch = self._batches.build(plan)
-        result = self._runner.collect(self._runner.dispatch(batch))
+        handle = self._runner.dispatch(batch)
+        self._in_flight.append(_Step(plan, handle, _StepFacts.of(batch), started))
+
+    def _collect(self, step: _Step) -> list[RequestOutput]:
+        result = self._runner.collect(step.handle)
         now = self._clock()
-        self._last = _StepFacts.of(batch, now - started)
-        self._tally.step(self._last.rows, self._last.distinct_adapters)
-        outputs = self.scheduler.collect(plan, result, now)
+        step_s = now - max(step.started_s, self._collected_s)  # before that it waited for the step before it
+        self._collected_s = now
+        self._last, self._last_s = step.facts, step_s
+        self._tally.step(step.facts.rows, step.facts.distinct_adapters)
+        image_keys = {item.request.request_id: item.request.adapter_key for item in step.plan.items}
+        outputs = self.scheduler.collect(step.plan, result, now)
         return [self._with_load_phases(output, image_keys) for output in outputs]
 
     def check_integrity(self) -> None:
-        """Assert that nothing leaked or differs: blocks, refs, queues, the device's table of adapters."""
+        """Assert that nothing leaked or differs: blocks, refs, queues, the device's table of adapters.
+
+        What the steps in flight hold is no leak; with has_work() False there are none.
+        """
         self.scheduler.check_integrity()
         self.slots.check_integrity()
 
@@ -189,7 +217,7 @@ class EngineCore:
             rows=self._last.rows,
             adapter_rows=self._last.adapter_rows,
             distinct_adapters=self._last.distinct_adapters,
-            step_s=self._last.step_s,
+            step_s=self._last_s,
             adapter_loads=self.slots.loads,
             adapter_evictions=self.slots.evictions,
             resident_adapters=self.slots.resident,
@@ -208,22 +236,30 @@ class EngineCore:
 
 
 @dataclass(frozen=True, slots=True)
+class _Step:
+    """One that was dispatched and is not collected."""
+
+    plan: StepPlan
+    handle: Any
+    facts: _StepFacts
+    started_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class _StepFacts:
-    """What the last step that had rows looked like."""
+    """What a step looked like."""
 
     rows: int = 0
     adapter_rows: int = 0
     distinct_adapters: int = 0
-    step_s: float = 0.0
 
     @classmethod
-    def of(cls, batch: Batch, step_s: float) -> _StepFacts:
+    def of(cls, batch: Batch) -> _StepFacts:
         rows = [(item.num_tokens, slot) for item, slot in zip(batch.items, batch.row_slots, strict=True)]
         return cls(
             rows=batch.num_rows,
             adapter_rows=sum(count for count, slot in rows if slot),
             distinct_adapters=len({slot for _, slot in rows if slot}),
-            step_s=step_s,
         )
 
 

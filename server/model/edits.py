@@ -9,6 +9,7 @@ import torch
 
 from server.engine.messages import SamplingParams
 from server.engine.request import Request
+from server.model.copies import to_device
 
 
 class LogitEdits:
@@ -24,7 +25,7 @@ class LogitEdits:
         self._allowed = _ids((token for token in params.allowed_token_ids if token in known), device)
         self._banned = _ids((word[0] for word in params.bad_words if len(word) == 1 and word[0] in known), device)
         self._bias_ids = _ids((token for token, _ in bias), device)
-        self._bias = torch.tensor([value for _, value in bias], dtype=torch.float32, device=device)
+        self._bias = to_device([value for _, value in bias], device, torch.float32)
         self._endings: dict[int, list[tuple[list[int], int]]] = defaultdict(list)  # by the last token of the rest
         for word in params.bad_words:
             if len(word) > 1 and word[-1] in known:
@@ -47,9 +48,9 @@ class LogitEdits:
             kept = row[self._allowed]
             row.fill_(-torch.inf)
             row[self._allowed] = kept
-        row[self._banned] = -torch.inf
-        if self._endings and request.num_output:
-            row[self._completing(request)] = -torch.inf
+        row.index_fill_(0, self._banned, -torch.inf)
+        if self._endings and request.num_output and (completing := self._completing(request)):
+            row.index_fill_(0, _ids(completing, row.device), -torch.inf)
 
     def add_bias(self, row: torch.Tensor) -> None:
         """Add the biases to one row of logits, fp32 [V], in place."""
@@ -67,4 +68,4 @@ def has_edits(params: SamplingParams) -> bool:
 
 
 def _ids(tokens: Iterable[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(list(tokens), dtype=torch.int64, device=device)
+    return to_device(list(tokens), device, torch.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +11,7 @@ from server.engine.messages import TokenLogprobs
 _CHUNK_ELEMENTS = 1 << 20  # temporaries of a chunk of rows: 4 MiB in fp32, 8 MiB for the keys
 
 
-@dataclass(frozen=True, slots=True)
-class RowLogprobs:
+class RowLogprobs(NamedTuple):
     """Of R rows, on the device. NaN throughout for a row that is not finite."""
 
     token_ids: torch.Tensor  # int64 [R]
@@ -22,7 +21,8 @@ class RowLogprobs:
     top: torch.Tensor  # fp32 [R, k]
 
     def to_host(self, num_top: list[int]) -> list[TokenLogprobs]:
-        """One struct a row, with so many of the most likely tokens each."""
+        """One struct a row, with so many of the most likely tokens each. Where the tensors are not on the host it
+        waits for each of them."""
         chosen = zip(self.token_ids.tolist(), self.chosen.tolist(), self.ranks.tolist(), strict=True)
         best = zip(self.top_ids.tolist(), self.top.tolist(), num_top, strict=True)
         return [

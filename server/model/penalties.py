@@ -7,6 +7,7 @@ import torch
 
 from server.engine.messages import SamplingParams
 from server.engine.request import Request
+from server.model.copies import to_device
 
 
 class TokenCounts:
@@ -68,8 +69,8 @@ def apply_penalties(row: torch.Tensor, request: Request) -> None:
     """
     params = request.params
     counts = TokenCounts.of(request)
-    ids = torch.from_numpy(counts.ids).to(row.device)
-    in_output = torch.from_numpy(counts.output_counts).to(row.device)  # [distinct]
+    ids = to_device(counts.ids, row.device, torch.int64)
+    in_output = to_device(counts.output_counts, row.device, torch.int64)  # [distinct]
     logits = row[ids]
     repetition = params.repetition_penalty
     logits = torch.where(logits < 0, logits * repetition, logits / repetition)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.types import AttentionMetadata
@@ -13,6 +15,7 @@ from server.adapters.layer import StepState
 from server.adapters.plan import SlotCheck, segments_of
 from server.engine.batch import Batch, ScheduledRequest, StepResult
 from server.engine.messages import TokenLogprobs
+from server.model.copies import Copies, Fetched, Sent, copies_of, to_device
 from server.model.forward import Forward, StepInputs
 from server.model.logprobs import RowLogprobs, row_logprobs
 from server.model.sampler import Sampler
@@ -20,9 +23,9 @@ from server.model.sampler import Sampler
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """A dispatched step; `collect` brings its tensors to the host."""
+    """A dispatched step: `collect` waits for what is on its way to the host."""
 
-    token_ids: torch.Tensor  # int64 [sampled items], on the device
+    fetched: Fetched  # ids int64 [sampled items], then the tensors of a RowLogprobs where somebody asked
     sample_items: list[ScheduledRequest]
     logprobs: _StepLogprobs | None  # None: nobody asked
 
@@ -37,10 +40,13 @@ class _StepLogprobs:
 
 
 class ModelRunner:
-    """Runs steps of one base on one device. One thread calls it, and collects a step before the next.
+    """Runs steps of one base on one device. One thread calls it, and collects steps in the order of their dispatch.
 
     `forward` reads `step`, whose fields that change the runner sets before each forward pass. A step has at
-    most `max_rows` rows.
+    most `max_rows` rows. Nothing in a dispatch waits for the device, if `forward` doesn't; only a collect does.
+
+    With `num_places` it keeps the device's table of last tokens, for rows whose token is drawn by a step that is not
+    collected: Request.place says where.
     """
 
     def __init__(
@@ -53,11 +59,15 @@ class ModelRunner:
         max_rows: int,
         device: torch.device,
         holds: SlotCheck | None = None,
+        steps_in_flight: int = 1,
+        num_places: int = 0,
+        copies: Copies | None = None,
     ) -> None:
         self._forward = forward
         self._step = step
         self._sampler = Sampler(eos_token_ids, forward.largest)
-        self._inputs = _InputBuffers(max_rows, device)
+        self._copies = copies or copies_of(device)
+        self._inputs = _InputBuffers(max_rows, self._copies, steps_in_flight, num_places)
         self._block_size = block_size
         self._holds = holds
 
@@ -67,14 +77,18 @@ class ModelRunner:
         num_sampled = len(batch.sample_items)
         with torch.inference_mode():
             tokens = self._sampler.sample(logits[:num_sampled], [item.request for item in batch.sample_items])
-            return StepHandle(tokens, batch.sample_items, _step_logprobs(batch, logits, tokens))
+            self._inputs.keep(tokens)
+            logprobs = _step_logprobs(batch, logits, tokens)
+            fetched = self._copies.fetch([tokens] if logprobs is None else [tokens, *logprobs.found])
+        return StepHandle(fetched, batch.sample_items, logprobs)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """What the step gave; in place of an id NOT_FINITE (-1) or NO_TOKEN (-2) for a row that must fail."""
+        tokens, *found = handle.fetched.wait()
         ids = (item.request.request_id for item in handle.sample_items)
-        result = StepResult(tokens=dict(zip(ids, handle.token_ids.tolist(), strict=True)))
+        result = StepResult(tokens=dict(zip(ids, tokens.tolist(), strict=True)))
         if handle.logprobs is not None:
-            _take_logprobs(handle.logprobs, result)
+            _take_logprobs(handle.logprobs, RowLogprobs(*found), result)
         return result
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -103,13 +117,13 @@ def _step_logprobs(batch: Batch, logits: torch.Tensor, tokens: torch.Tensor) -> 
     if not asking and not batch.prompt_items:
         return None
     sample_items = [batch.sample_items[row] for row in asking]
-    rows = torch.tensor([*asking, *range(len(tokens), len(logits))], device=logits.device)
+    rows = to_device([*asking, *range(len(tokens), len(logits))], logits.device, torch.int64)
     following: list[int] = []  # a prompt row's token is the one that stands behind it
     for item in batch.prompt_items:
         positions = item.logprob_positions
         following += item.request.token_ids[positions.start + 1 : positions.stop + 1]
     chosen = tokens[rows[: len(asking)]].clamp(min=0)  # a failed row's value is never read
-    token_ids = torch.cat([chosen, torch.tensor(following, dtype=torch.int64, device=logits.device)])
+    token_ids = torch.cat([chosen, to_device(following, logits.device, torch.int64)])
     num_top = max(_num_top(sample_items, batch.prompt_items))
     return _StepLogprobs(row_logprobs(logits, rows, token_ids, num_top), sample_items, batch.prompt_items)
 
@@ -122,27 +136,70 @@ def _num_top(sample_items: list[ScheduledRequest], prompt_items: list[ScheduledR
     return counts
 
 
-def _take_logprobs(step: _StepLogprobs, result: StepResult) -> None:
-    found: Iterator[TokenLogprobs] = iter(step.found.to_host(_num_top(step.sample_items, step.prompt_items)))
+def _take_logprobs(step: _StepLogprobs, found: RowLogprobs, result: StepResult) -> None:
+    """Put what was found, on the host by now, where it belongs."""
+    rows: Iterator[TokenLogprobs] = iter(found.to_host(_num_top(step.sample_items, step.prompt_items)))
     for item in step.sample_items:
-        result.logprobs[item.request.request_id] = next(found)
+        result.logprobs[item.request.request_id] = next(rows)
     for item in step.prompt_items:
-        result.prompt_logprobs[item.request.request_id] = list(islice(found, len(item.logprob_positions)))
+        result.prompt_logprobs[item.request.request_id] = list(islice(rows, len(item.logprob_positions)))
+
+
+_SAMPLE_PLACES, _UNKNOWN_ROWS, _UNKNOWN_PLACES, _NUM_LINES = 5, 6, 7, 8  # behind the lines of StepInputs
 
 
 class _InputBuffers:
-    """The step's arrays at fixed device addresses: one copy a step, and what a captured graph will read."""
+    """The step's arrays at fixed device addresses: one copy a step, and what a captured graph will read.
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
-        self._host = torch.zeros(5, max_rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = self._host if device.type == "cpu" else self._host.to(device)
+    Where host and device are apart there is a host buffer for each step in flight: the copy out of one may not have
+    happened yet when the next is filled. The table of last tokens is only on the device; the steps that write
+    and read it run there one after the other.
+    """
+
+    def __init__(self, max_rows: int, copies: Copies, steps_in_flight: int, num_places: int) -> None:
+        lines = _NUM_LINES if num_places else _SAMPLE_PLACES
+        sets = 1 if copies.is_shared else steps_in_flight
+        self._copies = copies
+        self._hosts = [_HostBuffer(copies.buffer(lines, max_rows)) for _ in range(sets)]
+        shared = self._hosts[0].memory
+        self._device = shared if copies.is_shared else torch.zeros_like(shared, device=copies.device)
+        self._table = torch.zeros(num_places, dtype=torch.int64, device=copies.device)
 
     def fill(self, batch: Batch) -> StepInputs:
-        arrays = (batch.ids, batch.positions, batch.kv_slots, batch.rope_lengths, batch.head_rows)
-        host = self._host.numpy()
-        assert batch.num_rows <= host.shape[1], f"{batch.num_rows} rows in buffers of {host.shape[1]}"
+        """The inputs of a step, on the device as soon as it comes to them."""
+        arrays = [batch.ids, batch.positions, batch.kv_slots, batch.rope_lengths, batch.head_rows]
+        if len(self._table):
+            arrays += [np.array(batch.sample_places, np.int64), batch.unknown_rows, batch.unknown_places]
+        assert len(self._table) or not len(batch.unknown_rows), "a token that the host lacks, and no table of them"
+        host = self._hosts.pop(0)
+        self._hosts.append(host)
+        host.write(arrays)
+        if not self._copies.is_shared:
+            host.sent = self._copies.send(self._device, host.memory)
+        lines = [self._device[line, : len(array)] for line, array in enumerate(arrays)]
+        if len(batch.unknown_rows):
+            known = self._table.index_select(0, lines[_UNKNOWN_PLACES])
+            lines[0].index_copy_(0, lines[_UNKNOWN_ROWS], known)
+        return StepInputs(*lines[:_SAMPLE_PLACES])
+
+    def keep(self, tokens: torch.Tensor) -> None:
+        """Put what the step of the last fill() drew into the table. An id that stands for a failure becomes 0: the
+        row that may follow it is dropped, and has to have some token until then."""
+        if len(self._table):
+            places = self._device[_SAMPLE_PLACES, : len(tokens)]
+            self._table.index_copy_(0, places, tokens.clamp(min=0))
+
+
+@dataclass(slots=True)
+class _HostBuffer:
+    memory: torch.Tensor  # int64 [lines, max_rows]
+    sent: Sent | None = None  # the last copy out of it
+
+    def write(self, arrays: Sequence[npt.NDArray[np.int64]]) -> None:
+        """One array a line."""
+        if self.sent is not None:
+            self.sent.synchronize()
+        memory = self.memory.numpy()
         for line, array in enumerate(arrays):
-            host[line, : len(array)] = array
-        if self._device is not self._host:
-            self._device.copy_(self._host, non_blocking=True)
-        return StepInputs(*(self._device[line, : len(array)] for line, array in enumerate(arrays)))
+            assert len(array) <= memory.shape[1], f"{len(array)} rows in buffers of {memory.shape[1]}"
+            memory[line, : len(array)] = array

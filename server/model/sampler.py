@@ -9,6 +9,7 @@ import torch
 
 from server.engine.messages import SamplingParams
 from server.engine.request import NO_TOKEN, NOT_FINITE, Request
+from server.model.copies import is_near, to_device
 from server.model.edits import LogitEdits, has_edits
 from server.model.penalties import apply_penalties, has_penalties
 from server.model.philox import uniforms
@@ -55,23 +56,23 @@ class Sampler:
         is_empty: torch.Tensor | None = None  # bool [S]: masked to the last token
         changed = [row for row, request in enumerate(requests) if self._changes_logits(request)]
         if changed:
-            rows = torch.tensor(changed, device=logits.device)
+            rows = to_device(changed, logits.device, torch.int64)
             adjusted = self._adjusted(logits[rows], [requests[row] for row in changed])
             logits = logits.float().index_copy(0, rows, adjusted)
             adjusted_best, tokens[rows] = adjusted.max(dim=-1)
-            adjusted_best[~best[rows].isfinite()] = torch.nan
+            adjusted_best.masked_fill_(~best[rows].isfinite(), torch.nan)
             best = best.float().index_copy(0, rows, adjusted_best)
             is_empty = torch.zeros_like(best, dtype=torch.bool).index_copy(0, rows, adjusted_best == -torch.inf)
         drawn = [row for row, request in enumerate(requests) if not is_greedy(request.params)]
         if drawn:
-            rows = torch.tensor(drawn, device=logits.device)
+            rows = to_device(drawn, logits.device, torch.int64)
             tokens[rows] = draw(logits, rows, [requests[row] for row in drawn])
         tokens = torch.where(best.isfinite(), tokens, NOT_FINITE)
         return tokens if is_empty is None else torch.where(is_empty, NO_TOKEN, tokens)
 
     def _changes_logits(self, request: Request) -> bool:
         params = request.params
-        return has_edits(params) or has_penalties(params) or request.num_output < params.min_tokens
+        return has_edits(params) or has_penalties(params) or request.draw_index < params.min_tokens
 
     def _adjusted(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """fp32 [S, V]: all that comes before the temperature; ends are masked while the output is below min_tokens."""
@@ -80,8 +81,9 @@ class Sampler:
             edits = LogitEdits.of(request, row) if has_edits(request.params) else None
             if edits is not None:
                 edits.mask(row, request)
-            if request.num_output < request.params.min_tokens:
-                row[self._ending_ids(request, len(row))] = -torch.inf
+            if request.draw_index < request.params.min_tokens:
+                endings = self._ending_ids(request, len(row))
+                row.index_fill_(0, to_device(endings, row.device, torch.int64), -torch.inf)
             if edits is not None:
                 edits.add_bias(row)
             if has_penalties(request.params):
@@ -106,14 +108,17 @@ class _Filters:
     top_k: torch.Tensor  # V where there is none
     top_p: torch.Tensor
     min_p: torch.Tensor
+    max_needed: int  # of the best tokens, as far as it is known beforehand; 0: no row has top-k or top-p
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> _Filters:
         params = [request.params for request in requests]
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
         floats = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
-        temperature, top_p, min_p = torch.tensor(floats, dtype=torch.float64, device=device)[:, :, None]
-        return cls(temperature, torch.tensor(top_k, device=device)[:, None], top_p, min_p)
+        temperature, top_p, min_p = to_device(floats, device, torch.float64)[:, :, None]
+        is_nucleus = any(p.top_p < 1.0 for p in params)
+        max_needed = vocab_size if is_nucleus else max((k for k in top_k if k < vocab_size), default=0)
+        return cls(temperature, to_device(top_k, device, torch.int64)[:, None], top_p, min_p, max_needed)
 
 
 def draw(logits: torch.Tensor, rows: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
@@ -124,9 +129,9 @@ def draw(logits: torch.Tensor, rows: torch.Tensor, requests: Sequence[Request]) 
     for start in range(0, len(requests), size):
         chunk = requests[start : start + size]
         weights = filtered_weights(logits[rows[start : start + size]], chunk)
-        numbers = uniforms([r.params.seed for r in chunk], [r.num_output for r in chunk])
+        numbers = uniforms([r.params.seed for r in chunk], [r.draw_index for r in chunk])
         cumulative = weights.cumsum(dim=-1)  # [rows, V]
-        target = torch.from_numpy(numbers).to(logits.device)[:, None] * cumulative[:, -1:]
+        target = to_device(numbers, logits.device, torch.float64)[:, None] * cumulative[:, -1:]
         parts.append(torch.searchsorted(cumulative, target, right=True)[:, 0])
     return torch.cat(parts).clamp_(max=vocab_size - 1)  # only a row of NaN reaches V, and it is NOT_FINITE
 
@@ -149,6 +154,9 @@ def _sorted_floor(weights: torch.Tensor, filters: _Filters) -> torch.Tensor:
     """fp64 [rows, 1]: the smallest weight that top-k and then top-p keep; 0 for rows with neither."""
     vocab_size = weights.shape[-1]
     floor = torch.zeros_like(filters.top_p)
+    if not is_near(weights.device):  # whether a guess was enough would have to be waited for
+        num_best = filters.max_needed
+        return _floor_within(weights, filters.top_k, filters.top_p, num_best)[0] if num_best else floor
     is_needed = (filters.top_k < vocab_size) | (filters.top_p < 1.0)
     pending = is_needed[:, 0].nonzero()[:, 0]
     num_best = min(vocab_size, _NUCLEUS_GUESS)
