@@ -195,6 +195,8 @@ class Driver:
 
     def assert_nothing_leaked(self) -> None:
         """Everything ended once; no block, slot, ref, lease or queue entry is left."""
+        self.step()  # collects what was in flight when the last request ended
+        assert self.core.scheduler.stats().kv_usage == 0.0, "blocks leaked"
         assert all(answer.num_terminal == 1 for answer in self.answers.values())
         self.core.check_integrity()
         assert not self.core.scheduler.has_work

@@ -186,7 +186,7 @@ class Admission:
         given = 0.0  # what those for whom there is a place now will add to its counter
         num_to_come = 0  # places that there will be in the next step: who has them rests
         for num_before, request in enumerate(queue.waiting):
-            while not self._has_place(request, num_before - num_to_come):
+            while not self._has_place(request, num_before, num_to_come):
                 victim = self._victim(queue, candidates, given)
                 if victim is None:
                     return
@@ -195,10 +195,11 @@ class Admission:
                 (self._rest if victim.is_in_flight else self._preempt)(victim)
             given += self._shares.recompute(request)
 
-    def _has_place(self, request: Request, num_before: int) -> bool:
-        if len(self._running) + num_before >= self._limits.max_num_seqs:
+    def _has_place(self, request: Request, num_before: int, num_to_come: int) -> bool:
+        if len(self._running) + num_before - num_to_come >= self._limits.max_num_seqs:
             return False
-        return num_before != 0 or self._running.can_start(request, self._running.find_prefix(request))
+        is_counted = num_before > 0 or num_to_come > 0  # how many blocks there will be is looked at in the next step
+        return is_counted or self._running.can_start(request, self._running.find_prefix(request))
 
     def _victim(self, queue: AdapterQueue, candidates: list[Request], given: float) -> Request | None:
         """Who yields to `queue`, whose counter will be higher by `given`."""

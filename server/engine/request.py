@@ -96,12 +96,14 @@ class Request:
         return self.num_output + max(0, self.num_draws - 1)
 
     @property
+    def lacks_last_token(self) -> bool:
+        """Whether, when its last row was scheduled, the token before that draw was being drawn itself."""
+        return self.num_draws > 1
+
+    @property
     def reads_last_token(self) -> bool:
-        """Whether its draws need all tokens before them on the host: penalties count them, and a bad word of
-        several tokens may be about to end."""
-        params = self.params
-        is_penalised = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-        return bool(is_penalised) or any(len(word) > 1 for word in params.bad_words)
+        """Whether its draws need all tokens before them on the host: a bad word of several may be about to end."""
+        return any(len(word) > 1 for word in self.params.bad_words)
 
     @property
     def lacks_prompt_logprobs(self) -> bool:

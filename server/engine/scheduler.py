@@ -208,7 +208,7 @@ class Scheduler:
 
     def _is_due(self, request: Request) -> bool:
         """Whether a running request may have rows now."""
-        if request.num_remaining <= 0 or request.abort_requested or request in self._resting:
+        if request.num_remaining <= 0 or request.abort_requested:
             return False
         if request.num_draws == 0:
             return True
@@ -276,7 +276,7 @@ class Scheduler:
                 self._give_rows(request, draft)
 
     def _is_here(self, request: Request) -> bool:
-        """Whether a request that was due had not to make way meanwhile."""
+        """Whether a request that was due has not made way, and is not to make way in the next step."""
         return request.state is RequestState.RUNNING and request not in self._resting
 
     def _give_rows(self, request: Request, draft: Draft) -> None:

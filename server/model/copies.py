@@ -1,12 +1,13 @@
 """What a step's data takes to the device and back without the host waiting for it: pinned memory and events.
 
 Copies go in the stream of the steps, so they need no fence between themselves and what reads or writes beside them
-there. What they do need is host memory that stays as it is until they have happened: `Sent` says when.
+there. What they do need is host memory that stays as it is until they have happened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,18 @@ class Sent(Protocol):
         """Wait until it has read all of its source."""
 
 
+class Stage(Protocol):
+    """A tensor on the device, at an address that stays, that the host writes to again and again."""
+
+    target: torch.Tensor
+
+    def begin(self) -> torch.Tensor:
+        """Where the host writes what comes next; what the device has stays as it is until `send`."""
+
+    def send(self) -> None:
+        """Have it come to the device, in stream order."""
+
+
 class Fetched(Protocol):
     """Copies to the host that were started together."""
 
@@ -32,14 +45,9 @@ class Copies(Protocol):
     """The ways between the host and one device."""
 
     device: torch.device
-    is_shared: bool
-    """whether host memory is the device's own, so that nothing is ever in flight between them"""
 
-    def buffer(self, *shape: int) -> torch.Tensor:
-        """int64 zeros on the host that the device can copy from by itself."""
-
-    def send(self, target: torch.Tensor, source: torch.Tensor) -> Sent:
-        """Start to copy a `buffer` to the device."""
+    def stage(self, *shape: int, num_steps: int) -> Stage:
+        """An int64 tensor that is written once a step, with so many steps in flight at most."""
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetched:
         """Start to bring tensors to the host."""
@@ -50,17 +58,12 @@ class CpuCopies:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.is_shared = True
 
-    def buffer(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int64)
-
-    def send(self, target: torch.Tensor, source: torch.Tensor) -> Sent:
-        target.copy_(source)
-        return _Done(())
+    def stage(self, *shape: int, num_steps: int) -> Stage:
+        return _Direct(torch.zeros(shape, dtype=torch.int64))
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetched:
-        return _Done(tensors)
+        return _Here(tensors)
 
 
 class CudaCopies:
@@ -68,40 +71,75 @@ class CudaCopies:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.is_shared = False
 
-    def buffer(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int64, pin_memory=True)
-
-    def send(self, target: torch.Tensor, source: torch.Tensor) -> Sent:
-        target.copy_(source, non_blocking=True)
-        return self._mark()
+    def stage(self, *shape: int, num_steps: int) -> Stage:
+        buffers = [torch.zeros(shape, dtype=torch.int64, pin_memory=True) for _ in range(num_steps)]
+        return Ring(torch.zeros(shape, dtype=torch.int64, device=self.device), buffers, self._send)
 
     def fetch(self, tensors: Sequence[torch.Tensor]) -> Fetched:
         pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
         for target, source in zip(pinned, tensors, strict=True):
             target.copy_(source, non_blocking=True)
-        return _InFlight(pinned, self._mark())
+        return _OnTheWay(pinned, self._mark())
+
+    def _send(self, target: torch.Tensor, source: torch.Tensor) -> Sent:
+        target.copy_(source, non_blocking=True)
+        return self._mark()
 
     def _mark(self) -> Sent:
         event: Sent = torch.cuda.current_stream(self.device).record_event()
         return event
 
 
-class _Done:
-    """Of either direction, and done already."""
+class Ring:
+    """A Stage with host buffers that take turns: the copy out of one may not have happened when the next is written.
 
+    With one for each step in flight it never waits, since the step that had the buffer before was collected.
+    """
+
+    def __init__(
+        self,
+        target: torch.Tensor,
+        buffers: list[torch.Tensor],
+        start: Callable[[torch.Tensor, torch.Tensor], Sent],
+    ) -> None:
+        self.target = target
+        self._start = start
+        self._buffers: deque[tuple[torch.Tensor, Sent | None]] = deque((buffer, None) for buffer in buffers)
+
+    def begin(self) -> torch.Tensor:
+        buffer, sent = self._buffers[0]
+        if sent is not None:
+            sent.synchronize()
+        return buffer
+
+    def send(self) -> None:
+        buffer, _ = self._buffers.popleft()
+        self._buffers.append((buffer, self._start(self.target, buffer)))
+
+
+class _Direct:
+    """A Stage whose target the host writes to itself."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self.target = target
+
+    def begin(self) -> torch.Tensor:
+        return self.target
+
+    def send(self) -> None:
+        pass
+
+
+class _Here:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
-
-    def synchronize(self) -> None:
-        pass
 
     def wait(self) -> Sequence[torch.Tensor]:
         return self._tensors
 
 
-class _InFlight:
+class _OnTheWay:
     def __init__(self, pinned: Sequence[torch.Tensor], end: Sent) -> None:
         self._pinned = pinned
         self._end = end

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kernels.types import AttentionMetadata
@@ -15,7 +14,7 @@ from server.adapters.layer import StepState
 from server.adapters.plan import SlotCheck, segments_of
 from server.engine.batch import Batch, ScheduledRequest, StepResult
 from server.engine.messages import TokenLogprobs
-from server.model.copies import Copies, Fetched, Sent, copies_of, to_device
+from server.model.copies import Copies, Fetched, copies_of, to_device
 from server.model.forward import Forward, StepInputs
 from server.model.logprobs import RowLogprobs, row_logprobs
 from server.model.sampler import Sampler
@@ -45,8 +44,8 @@ class ModelRunner:
     `forward` reads `step`, whose fields that change the runner sets before each forward pass. A step has at
     most `max_rows` rows. Nothing in a dispatch waits for the device, if `forward` doesn't; only a collect does.
 
-    With `num_places` it keeps the device's table of last tokens, for rows whose token is drawn by a step that is not
-    collected: Request.place says where.
+    With two steps in flight it keeps the device's table of last tokens, `num_places` of them, for rows whose token is
+    drawn by a step that is not collected: Request.place says where.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class ModelRunner:
         self._step = step
         self._sampler = Sampler(eos_token_ids, forward.largest)
         self._copies = copies or copies_of(device)
-        self._inputs = _InputBuffers(max_rows, self._copies, steps_in_flight, num_places)
+        self._inputs = _InputBuffers(max_rows, self._copies, steps_in_flight, num_places if steps_in_flight > 1 else 0)
         self._block_size = block_size
         self._holds = holds
 
@@ -76,7 +75,9 @@ class ModelRunner:
         logits = self.logits(batch)
         num_sampled = len(batch.sample_items)
         with torch.inference_mode():
-            tokens = self._sampler.sample(logits[:num_sampled], [item.request for item in batch.sample_items])
+            last_tokens = self._inputs.last_tokens(num_sampled) if len(batch.unknown_rows) else None
+            requests = [item.request for item in batch.sample_items]
+            tokens = self._sampler.sample(logits[:num_sampled], requests, last_tokens)
             self._inputs.keep(tokens)
             logprobs = _step_logprobs(batch, logits, tokens)
             fetched = self._copies.fetch([tokens] if logprobs is None else [tokens, *logprobs.found])
@@ -145,24 +146,19 @@ def _take_logprobs(step: _StepLogprobs, found: RowLogprobs, result: StepResult) 
         result.prompt_logprobs[item.request.request_id] = list(islice(rows, len(item.logprob_positions)))
 
 
-_SAMPLE_PLACES, _UNKNOWN_ROWS, _UNKNOWN_PLACES, _NUM_LINES = 5, 6, 7, 8  # behind the lines of StepInputs
+_HEAD_ROWS = 4  # the last line of StepInputs; behind it:
+_SAMPLE_PLACES, _UNKNOWN_ROWS, _UNKNOWN_PLACES, _NUM_LINES = 5, 6, 7, 8
 
 
 class _InputBuffers:
     """The step's arrays at fixed device addresses: one copy a step, and what a captured graph will read.
 
-    Where host and device are apart there is a host buffer for each step in flight: the copy out of one may not have
-    happened yet when the next is filled. The table of last tokens is only on the device; the steps that write
-    and read it run there one after the other.
+    The table of last tokens is only on the device; the steps that write and read it run there one after the other.
     """
 
     def __init__(self, max_rows: int, copies: Copies, steps_in_flight: int, num_places: int) -> None:
-        lines = _NUM_LINES if num_places else _SAMPLE_PLACES
-        sets = 1 if copies.is_shared else steps_in_flight
-        self._copies = copies
-        self._hosts = [_HostBuffer(copies.buffer(lines, max_rows)) for _ in range(sets)]
-        shared = self._hosts[0].memory
-        self._device = shared if copies.is_shared else torch.zeros_like(shared, device=copies.device)
+        num_lines = _NUM_LINES if num_places else _SAMPLE_PLACES
+        self._stage = copies.stage(num_lines, max_rows, num_steps=steps_in_flight)
         self._table = torch.zeros(num_places, dtype=torch.int64, device=copies.device)
 
     def fill(self, batch: Batch) -> StepInputs:
@@ -171,35 +167,25 @@ class _InputBuffers:
         if len(self._table):
             arrays += [np.array(batch.sample_places, np.int64), batch.unknown_rows, batch.unknown_places]
         assert len(self._table) or not len(batch.unknown_rows), "a token that the host lacks, and no table of them"
-        host = self._hosts.pop(0)
-        self._hosts.append(host)
-        host.write(arrays)
-        if not self._copies.is_shared:
-            host.sent = self._copies.send(self._device, host.memory)
-        lines = [self._device[line, : len(array)] for line, array in enumerate(arrays)]
+        host = self._stage.begin().numpy()
+        assert batch.num_rows <= host.shape[1], f"{batch.num_rows} rows in buffers of {host.shape[1]}"
+        for line, array in enumerate(arrays):
+            host[line, : len(array)] = array
+        self._stage.send()
+        lines = [self._stage.target[line, : len(array)] for line, array in enumerate(arrays)]
         if len(batch.unknown_rows):
             known = self._table.index_select(0, lines[_UNKNOWN_PLACES])
             lines[0].index_copy_(0, lines[_UNKNOWN_ROWS], known)
         return StepInputs(*lines[:_SAMPLE_PLACES])
 
+    def last_tokens(self, num_sampled: int) -> torch.Tensor:
+        """The tokens of the rows that the step of the last fill() samples, int64 [S]."""
+        ids, rows = self._stage.target[0], self._stage.target[_HEAD_ROWS, :num_sampled]
+        return ids.index_select(0, rows)
+
     def keep(self, tokens: torch.Tensor) -> None:
         """Put what the step of the last fill() drew into the table. An id that stands for a failure becomes 0: the
         row that may follow it is dropped, and has to have some token until then."""
         if len(self._table):
-            places = self._device[_SAMPLE_PLACES, : len(tokens)]
+            places = self._stage.target[_SAMPLE_PLACES, : len(tokens)]
             self._table.index_copy_(0, places, tokens.clamp(min=0))
-
-
-@dataclass(slots=True)
-class _HostBuffer:
-    memory: torch.Tensor  # int64 [lines, max_rows]
-    sent: Sent | None = None  # the last copy out of it
-
-    def write(self, arrays: Sequence[npt.NDArray[np.int64]]) -> None:
-        """One array a line."""
-        if self.sent is not None:
-            self.sent.synchronize()
-        memory = self.memory.numpy()
-        for line, array in enumerate(arrays):
-            assert len(array) <= memory.shape[1], f"{len(array)} rows in buffers of {memory.shape[1]}"
-            memory[line, : len(array)] = array

@@ -46,9 +46,12 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._largest = find_largest
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    def sample(
+        self, logits: torch.Tensor, requests: Sequence[Request], last_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """logits [S, V] of any float dtype, one request a row -> int64 [S] on the same device.
 
+        `last_tokens` int64 [S], there too: the token before each draw, if the host lacks one of them.
         A greedy row takes the largest logit, the lowest id on ties. A row with NaN or +inf anywhere, or
         nothing finite, gets NOT_FINITE; one that its request's masks leave nothing of gets NO_TOKEN.
         """
@@ -57,7 +60,8 @@ class Sampler:
         changed = [row for row, request in enumerate(requests) if self._changes_logits(request)]
         if changed:
             rows = to_device(changed, logits.device, torch.int64)
-            adjusted = self._adjusted(logits[rows], [requests[row] for row in changed])
+            last_tokens = None if last_tokens is None else last_tokens[rows]
+            adjusted = self._adjusted(logits[rows], [requests[row] for row in changed], last_tokens)
             logits = logits.float().index_copy(0, rows, adjusted)
             adjusted_best, tokens[rows] = adjusted.max(dim=-1)
             adjusted_best.masked_fill_(~best[rows].isfinite(), torch.nan)
@@ -74,7 +78,9 @@ class Sampler:
         params = request.params
         return has_edits(params) or has_penalties(params) or request.draw_index < params.min_tokens
 
-    def _adjusted(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+    def _adjusted(
+        self, logits: torch.Tensor, requests: Sequence[Request], last_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """fp32 [S, V]: all that comes before the temperature; ends are masked while the output is below min_tokens."""
         logits = logits.float()
         for row, request in zip(logits, requests, strict=True):
@@ -86,8 +92,7 @@ class Sampler:
                 row.index_fill_(0, to_device(endings, row.device, torch.int64), -torch.inf)
             if edits is not None:
                 edits.add_bias(row)
-            if has_penalties(request.params):
-                apply_penalties(row, request)
+        apply_penalties(logits, requests, last_tokens)
         return logits
 
     def _ending_ids(self, request: Request, vocab_size: int) -> list[int]:

@@ -57,6 +57,19 @@ def test_two_thousand_requests(tiny, tmp_path):
     assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
 
 
+def test_with_a_step_scheduled_while_another_runs(tiny, tmp_path):
+    """The same storm where rows follow draws that are not collected, as on a GPU."""
+    world = tiny_world(tiny, tmp_path, seed=5, steps_in_flight=2)
+    counts = world.run(700, max_open=32)
+    stats = world.driver.core.step().stats
+    world.driver.assert_nothing_leaked()
+    world.close()
+    print(counts, stats)
+    assert counts.wrong == 0, counts
+    assert counts.compared > 500 and counts.aborted > 15 and counts.replacements > 5 and counts.unloads > 5, counts
+    assert stats.adapter_evictions > 30 and stats.preemptions > 5 and stats.prefix_hits > 100, stats
+
+
 def test_two_thousand_requests_in_bf16(tiny, tmp_path):
     """The native pass: each answer bit for bit what the same request gets alone, which is PEFT's but for near-ties."""
     base, exact = tiny

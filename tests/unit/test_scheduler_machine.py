@@ -78,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         ignore_eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (1, 2, 3)]),
-        repetition_penalty=st.sampled_from([1.0, 1.0, 1.0, 1.5]),
+        bad_words=st.sampled_from([(), (), (), ((1, 2),)]),
         logprobs=st.sampled_from([None, None, 0]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
         priority=st.sampled_from([0, 0, 0, -1, 2]),
