@@ -72,6 +72,17 @@ def test_penalties_are_what_they_are_defined_as(of, seed) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("num_output", "is_masked"), [(1, True), (2, True), (3, False)])
+def test_the_end_is_masked_below_min_tokens_by_the_index_of_the_draw(num_output, is_masked) -> None:
+    """A token that is not known yet counts."""
+    logits = random_logits(1, VOCAB)
+    logits[0, EOS] = 99.0
+    request = make_request([5], [4] * num_output, temperature=0.0, min_tokens=3)
+    for one in (request, without_last(request)):
+        token = Sampler([EOS]).sample(logits, [one], torch.tensor([4])).item()
+        assert (token != EOS) == is_masked
+
+
 def test_a_token_without_a_place_to_look_is_an_error() -> None:
     request = without_last(make_request([1], [2], presence_penalty=1.0))
     with pytest.raises(AssertionError, match="nobody says where"):

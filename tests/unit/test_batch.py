@@ -94,6 +94,21 @@ def test_a_mixed_step():
     assert batch.num_decodes == 2 and batch.sample_rows.tolist() == [0, 1, 2, 17]
 
 
+def test_a_row_whose_token_is_being_drawn():
+    """It is found in the device's table; its position, block and length are those of the token to come."""
+    ahead, other = make_request("ahead", 8, slot=1, spare_blocks=1), make_request("other", 6)
+    ahead.place, other.place = 4, 2
+    item = ScheduledRequest(ahead, 8, 1, samples=True)
+    batch = build(make_builder(), [item, make_item(other, 0, 6)])
+    assert item.is_ahead and item.is_decode and batch.num_decodes == 1
+    assert batch.unknown_rows.tolist() == [0] and batch.unknown_places.tolist() == [4]
+    assert (batch.ids[0], batch.positions[0], batch.rope_lengths[0], batch.context_lens[0]) == (0, 8, 9, 9)
+    assert batch.kv_slots[0] == ahead.blocks[2] * BLOCK_SIZE
+    assert batch.sample_places == [4, 2] and batch.ids[1:].tolist() == other.token_ids
+    known = build(make_builder(), [make_item(other, 0, 6)])
+    assert not len(known.unknown_rows) and not len(known.unknown_places)
+
+
 def test_buffers_are_reused_and_nothing_of_the_last_step_shows():
     builder = make_builder()
     first = build(builder, [make_item(make_request(f"r{i}", 8), 0, 8) for i in range(6)])

@@ -234,12 +234,64 @@ def test_who_has_to_make_way_rests_a_step_first():
 
 
 def test_nobody_makes_way_for_blocks_that_come_with_the_next_collect():
-    world = ahead(num_blocks=7, block_size=4, has_prefix_cache=False)
-    elder = world.add("elder", 10, max_tokens=14)
-    world.add("ends", prompt_with_eos_at(1, length=8), max_tokens=9, ignore_eos=False)
-    younger = world.add("younger", 1, max_tokens=3)
+    """Eight blocks. The elder needs its fourth in step 8, when the last row of the one that ended is in flight."""
+    world = ahead(num_blocks=9, block_size=4, has_prefix_cache=False)
+    world.add("elder", 6, max_tokens=9)
+    world.add("ends", prompt_with_eos_at(5), max_tokens=20, ignore_eos=False)
+    world.add("younger", 1, max_tokens=10)
+    history = [set(world.step()) for _ in range(9)]
+    assert history[6:] == [{"elder", "ends", "younger"}, {"younger"}, {"elder", "younger"}]
     world.run()
-    assert elder.num_preemptions == younger.num_preemptions == 0
+    assert world.scheduler.num_preemptions == 0
+    world.check_ended()
+
+
+@pytest.mark.parametrize("index", [2, 4, 6])
+def test_device_memory_is_not_asked_of_an_adapter_that_a_row_too_many_holds(index):
+    """It would make way in vain, and be preempted again. It is idle every other step: its draws wait for tokens."""
+    prompt = prompt_with_eos_at(index, X.image_key)
+    for quantum in range(1, 40):
+        world = ahead(arena_pages=1, age_limit_s=1e9, max_wait_s=1e9, fair_quantum=float(quantum))
+        world.add("ends", prompt, X, max_tokens=30, ignore_eos=False)
+        goes_on = world.add("goes on", 2, X, max_tokens=30, bad_words=((48, 49),))
+        world.run_until(lambda world=world: "ends" in world.started)
+        world.add("waits", 3, Y, max_tokens=2)
+        world.run_until(lambda world=world: "waits" in world.ended)
+        assert goes_on.num_preemptions <= 1, f"quantum {quantum}"
+        world.run()
+        world.check_ended()
+
+
+def test_only_as_many_rest_as_are_to_make_way():
+    world = ahead(num_blocks=400, max_model_len=200, max_num_seqs=6, fair_quantum=32.0, max_wait_s=1e9)
+    for number in range(12):
+        world.add(f"r{number}", 4, max_tokens=150)
+    for _ in range(30):
+        world.step()
+    world.finish_loads()
+    for number in range(2):
+        world.add(f"new{number}", 4, X, max_tokens=4)
+    counts = []
+    while "new1" not in world.started:
+        counts.append(len(world.step()))
+    assert 4 <= min(counts) < 6, "two places are wanted"
+    assert world.scheduler.num_preemptions == 2
+    world.run()
+    world.check_ended()
+
+
+@pytest.mark.parametrize("lacking", ["memory", "places"])
+def test_two_that_are_ahead_alike_do_not_rest_in_turns(lacking):
+    """Who rested is what makes way: else one goes on while the other rests, and is ahead of it by that in the end."""
+    limits = {"max_num_seqs": 2} if lacking == "places" else {"arena_pages": 2}
+    world = ahead(num_blocks=400, max_model_len=400, age_limit_s=1e9, max_wait_s=1e9, fair_quantum=16.0, **limits)
+    for name, ref in (("x", X), ("y", Y)):
+        world.add(name, 4, ref, max_tokens=300)
+    world.run_until(lambda: {"x", "y"} <= set(world.started))
+    world.add("waits", 4, adapter("z") if lacking == "memory" else None, max_tokens=2)
+    world.run_until(lambda: "waits" in world.ended, max_steps=60)
+    assert world.scheduler.num_preemptions == 1
+    world.run()
     world.check_ended()
 
 
