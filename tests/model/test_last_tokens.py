@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Request
-from server.model.penalties import TokenCounts, apply_penalties
+from server.model.penalties import TokenCounts, _seen_tokens, _with_last, apply_penalties
 from server.model.sampler import Sampler
 from tests.model.test_sampler import EOS, make_request, mixed_requests, random_logits
 
@@ -50,6 +50,20 @@ def test_a_token_on_the_device_is_penalised_like_one_on_the_host(of, seed) -> No
         request.penalty_state = None
     apply_penalties(found, mixed, last_tokens)
     assert torch.equal(found, expected)
+
+
+def test_a_token_seen_before_is_counted_alike_wherever_it_stands() -> None:
+    """What is written for it twice has to be the same: a GPU says nothing of which comes last."""
+    requests = [make_request([1, 2], [3, 3, 2], presence_penalty=1.0), make_request([3], [1], presence_penalty=1.0)]
+    requests.append(make_request([5], [6, 6, 6, 7], presence_penalty=1.0))
+    ahead = [without_last(request) for request in requests]
+    last_tokens = torch.tensor([request.token_ids[-1] for request in requests])
+    known = _seen_tokens([0, 1, 2], ahead, last_tokens.device)
+    seen = _with_last(known, torch.tensor([0, 2]), last_tokens)
+    found: dict[tuple[int, int], set[int]] = {}
+    for row, token, count in zip(*(one.tolist() for one in seen), strict=True):
+        found.setdefault((row, token), set()).add(count)
+    assert found == {(0, 1): {0}, (0, 2): {1}, (0, 3): {2}, (1, 3): {0}, (2, 5): {0}, (2, 6): {3}, (2, 7): {1}}
 
 
 def by_definition(row: torch.Tensor, request: Request) -> torch.Tensor:

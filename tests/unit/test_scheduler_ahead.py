@@ -280,13 +280,14 @@ def test_only_as_many_rest_as_are_to_make_way():
     world.check_ended()
 
 
+@pytest.mark.parametrize("difference", [0, 1, 2])
 @pytest.mark.parametrize("lacking", ["memory", "places"])
-def test_two_that_are_ahead_alike_do_not_rest_in_turns(lacking):
+def test_two_that_are_ahead_alike_do_not_rest_in_turns(lacking, difference):
     """Who rested is what makes way: else one goes on while the other rests, and is ahead of it by that in the end."""
     limits = {"max_num_seqs": 2} if lacking == "places" else {"arena_pages": 2}
     world = ahead(num_blocks=400, max_model_len=400, age_limit_s=1e9, max_wait_s=1e9, fair_quantum=16.0, **limits)
-    for name, ref in (("x", X), ("y", Y)):
-        world.add(name, 4, ref, max_tokens=300)
+    for name, prompt, ref in (("x", 4, X), ("y", 4 + difference, Y)):
+        world.add(name, prompt, ref, max_tokens=300)
     world.run_until(lambda: {"x", "y"} <= set(world.started))
     world.add("waits", 4, adapter("z") if lacking == "memory" else None, max_tokens=2)
     world.run_until(lambda: "waits" in world.ended, max_steps=60)
