@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,6 +183,9 @@ class NoWaits(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         assert func not in (torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.cpu), f"{func} reads the device"
         assert func is not torch.tensor or "device" not in (kwargs or {}), "torch.tensor with a device waits for it"
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, (list, np.ndarray)) for part in parts), "an index on the host waits for it"
         return func(*args, **(kwargs or {}))
 
 
@@ -207,8 +211,9 @@ def test_the_modes_above_see_what_they_shall():
                  lambda: values[values > 0]):  # fmt: skip
         with pytest.raises(AssertionError, match="reads the device"), NoWaits(), NoReads():
             read()
-    with pytest.raises(AssertionError, match="waits for it"), NoWaits():
-        torch.tensor([1], device="cpu")
+    for wait in (lambda: torch.tensor([1], device="cpu"), lambda: values[[0, 1]], lambda: values.__setitem__([1], 0)):
+        with pytest.raises(AssertionError, match="waits for it"), NoWaits():
+            wait()
 
 
 # --- the sampler without a look at its values ---------------------------------------------------------------
