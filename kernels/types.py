@@ -29,6 +29,8 @@ class SlotWeights:
     scratch: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
     """what a backend derives from the table and keeps between calls (views, never copies of weights);
     one entry per backend, dies with the arena"""
+    slot_ranks: np.ndarray | None = None
+    """int64 [slots] on the host: the largest rank of each slot, as of `version`; None: not kept, read the table"""
 
 
 @dataclass(frozen=True, slots=True)
