@@ -21,7 +21,12 @@ from kernels.types import TABLE_COLUMNS, AttentionMetadata, Segments, SiteGroup,
 
 DEFAULT_BACKEND = "torch"
 
-MODULES = {"reference": "kernels.reference", "torch": "kernels.torch_backend", "cpu": "kernels.cpu"}
+MODULES = {
+    "reference": "kernels.reference",
+    "torch": "kernels.torch_backend",
+    "cpu": "kernels.cpu",
+    "triton": "kernels.triton",
+}
 """Name -> module with the four functions. A native backend adds its line here and passes tests/kernels.
 A module that can't run everywhere says by `is_available()` whether it does here."""
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -35,19 +35,27 @@ tile's first entry the records of its other members."""
 
 RANK_BUCKETS = (16, 64, 512)
 FEW_ROWS = 4
-"""Up to this many rows in a step are multiplied and summed without tensor cores."""
+"""Up to this many rows in a step are multiplied and summed without tensor cores ("few")."""
 DECODE_ROWS = 256
-"""Up to this many rows in a step are taken in tiles of 16, because most segments are short; more in tiles of 64."""
+"""Up to this many rows in a step are taken in tiles of 16 ("decode": most segments are short), more in tiles of 64."""
 
 Records = npt.NDArray[np.int32]
 Signature = tuple[Any, ...]
 
 
-def tile_rows_of(rows: int) -> int:
-    """Rows of a tile in a step of `rows` rows (padding included)."""
+Form = Literal["few", "decode", "prefill"]
+TILE_ROWS: dict[Form, int] = {"few": 4, "decode": 16, "prefill": 64}
+
+
+def form_of(rows: int) -> Form:
+    """How a step of `rows` rows, padding included, is computed: kernels/triton/launch.py."""
     if rows <= FEW_ROWS:
-        return 1 if rows <= 1 else FEW_ROWS
-    return 16 if rows <= DECODE_ROWS else 64
+        return "few"
+    return "decode" if rows <= DECODE_ROWS else "prefill"
+
+
+def tile_rows_of(form: Form, rows: int) -> int:
+    return 1 if form == "few" and rows <= 1 else TILE_ROWS[form]
 
 
 def bucket_of(rank: int) -> int:
@@ -80,7 +88,7 @@ def _slot_ranks(weights: SlotWeights) -> npt.NDArray[np.int64]:
 class DeviceSegments:
     """The records of one plan in persistent device memory, and the integers by which its kernels are launched.
 
-    max_rows     rows of the step, padding included: decides the tiles' size, bounds their number
+    max_rows     rows of the step, padding included: decides the form and the tiles' size, bounds their number
     max_members  (row, member) pairs at most: a row in a set of three counts three. As many as rows means that
                  there are no sets, which makes for a smaller kernel
     rank_bucket  what `rank_bucket` gave, at least: a larger rank than it would be cut off
@@ -101,7 +109,8 @@ class DeviceSegments:
         self.max_rows = max_rows
         self.max_members = max_members
         self.rank_bucket = rank_bucket
-        self.tile_rows = tile_rows_of(max_rows)
+        self.form = form_of(max_rows)
+        self.tile_rows = tile_rows_of(self.form, max_rows)
         self.has_sets = max_members > max_rows
         self.max_tiles = max_rows if max_tiles is None else max_tiles
         self.max_entries = (max_members if self.has_sets else self.max_tiles) if max_entries is None else max_entries
@@ -163,7 +172,7 @@ def device_segments(segments: Segments, weights: SlotWeights, rows: int) -> Devi
 
 def _made(segments: Segments, weights: SlotWeights, rows: int) -> DeviceSegments:
     """A plan that holds exactly these segments."""
-    records = _records(segments, tile_rows_of(rows))
+    records = _records(segments, tile_rows_of(form_of(rows), rows))
     tiles, entries = int(records[0, 0]), int(records[0, 1])
     pairs = int(records[1 : 1 + entries, ROWS].sum())
     members = max(rows, pairs) + (1 if entries > tiles and pairs <= rows else 0)

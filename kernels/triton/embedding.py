@@ -1,0 +1,18 @@
+"""segmented_embedding in Triton: one launch, whose v is gathered from A [V, padded rank]. Contract in kernels/ops.py."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.triton.launch import processors
+from kernels.triton.lora import expand_launch
+from kernels.triton.plan import device_segments
+from kernels.types import Segments, SiteGroup, SlotWeights
+
+
+def segmented_embedding(y: torch.Tensor, ids: torch.Tensor, weights: SlotWeights, row: int, segments: Segments) -> None:
+    """See kernels/ops.py."""
+    plan = device_segments(segments, weights, len(y))
+    if plan.max_tiles:
+        group = SiteGroup(rows=(row,), offsets=(0,), widths=(y.shape[1],), in_features=0)
+        expand_launch(y, ids, weights, group, plan, processors(y.device), splits=0)()

@@ -1,0 +1,143 @@
+"""How the shrink and the expand are launched: tiles, parts and grids, from integers known when a plan is made.
+
+              tile   products       parts of K             columns of a program
+    few       1, 4   summed         256, at most 16        one block
+    decode    16     tensor cores   256, at most 16        1 to 4 blocks
+    prefill   64     tensor cores   1, 2 or 8 of them      1 to 8 blocks
+
+So in decode a row's sums have one order whatever else is in the batch: it changes with the form (few, decode,
+prefill: the padded rows of the step) and with the bucket of the largest rank, and in prefill with the step's rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.triton.plan import DeviceSegments
+from kernels.types import SiteGroup, SlotWeights
+
+INTERPRETED_PROCESSORS = 2
+MAX_PARTS = 4  # programs that share the ranks of one slice
+DECODE_BLOCK_K = 256
+MAX_DECODE_SPLITS = 16
+PREFILL_BLOCK_K = 64
+PREFILL_SPLITS = (8, 2)  # the first that gives no more than four programs a processor; else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel with all that it is launched with; apart from the launching, so that it can also just be compiled."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    args: tuple[Any, ...]
+    sizes: dict[str, Any]  # compile-time arguments
+    options: dict[str, int]  # num_warps, num_stages
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](*self.args, **self.sizes, **self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkShape:
+    """Compile-time sizes of the shrink, and how many programs."""
+
+    parts: int  # 0: all slices in one program
+    block_r: int
+    block_k: int
+    num_k: int  # blocks of a part of K
+    splits: int  # parts of K
+    grid: tuple[int, int]
+    stages: int
+    few: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandShape:
+    """Compile-time sizes of the expand, and how many programs."""
+
+    block_n: int
+    block_r: int
+    span: int  # blocks of a program
+    grid: tuple[int, int]
+    stages: int
+    few: bool
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def shrink_shape(plan: DeviceSegments, in_features: int, num_slices: int, sms: int) -> ShrinkShape:
+    """For the shrink of one packed projection on a device of `sms` processors."""
+    bucket, is_prefill, few = plan.rank_bucket, plan.form == "prefill", plan.form == "few"
+    is_joined = is_prefill and num_slices > 1 and num_slices * bucket <= 64
+    if is_joined:
+        parts, block_r = 0, _power_above(num_slices * bucket)
+    else:
+        block_r = min(bucket, 64) if is_prefill else 16
+        parts = min(-(-bucket // block_r), MAX_PARTS)
+    across = num_slices * parts or 1
+    block_k = PREFILL_BLOCK_K if is_prefill else DECODE_BLOCK_K
+    blocks = -(-in_features // block_k)
+    if is_prefill:
+        programs = plan.max_tiles * across
+        wanted = next((splits for splits in PREFILL_SPLITS if programs * splits <= 4 * sms), 1)
+    else:
+        wanted = MAX_DECODE_SPLITS
+    num_k = -(-blocks // wanted)
+    splits = -(-blocks // num_k)
+    stages = 1 if few or num_k == 1 else 4 if is_prefill else 3
+    grid = (splits * across, _at_once(plan.max_entries, splits * across, sms))
+    return ShrinkShape(parts, block_r, block_k, num_k, splits, grid, stages, few)
+
+
+def expand_shape(plan: DeviceSegments, widths: tuple[int, ...], sms: int) -> ExpandShape:
+    """For the expand of one packed projection, or of an embedding, on a device of `sms` processors."""
+    is_prefill, few = plan.form == "prefill", plan.form == "few"
+    block_r = min(plan.rank_bucket, 64)
+    block_n = 32 if few and block_r > 16 else 128
+    blocks = plan.max_tiles * sum(-(-width // block_n) for width in widths)
+    if few:
+        span = 1
+    else:  # in prefill a program for every processor and some; in decode, where most is waiting, eight
+        span = min(_power_above(blocks // (sms * (2 if is_prefill else 8))), 8 if is_prefill else 4)
+    spans = sum(-(-width // (span * block_n)) for width in widths)
+    stages = 1 if span == 1 else 3 if not is_prefill else 2
+    return ExpandShape(block_n, block_r, span, (spans, _at_once(plan.max_tiles, spans, sms)), stages, few)
+
+
+def geometry_of(group: SiteGroup, weights: SlotWeights) -> torch.Tensor:
+    """int32 [slices, (table row, offset, width)] on the arena's device, made at the group's first use.
+
+    That must not be during a graph's capture: warm up before.
+    """
+    kept = weights.scratch.setdefault("triton geometry", {})
+    assert isinstance(kept, dict)
+    found = kept.get(group)
+    if found is None:
+        rows = list(zip(group.rows, group.offsets, group.widths, strict=True))
+        found = kept[group] = torch.tensor(rows, dtype=torch.int32).to(weights.arena.device)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def is_aligned(group: SiteGroup) -> bool:
+    return all(number % 16 == 0 for number in (*group.offsets, *group.widths))
+
+
+def _at_once(most: int, across: int, sms: int) -> int:
+    """Entries or tiles that the grid has programs for: eight programs a processor; beyond that they take turns."""
+    return max(1, min(most, 8 * sms // across))
+
+
+def _power_above(number: int) -> int:
+    """The first power of two that is at least `number`; 1 for 0."""
+    return 1 << max(number - 1, 0).bit_length()
