@@ -1,4 +1,4 @@
-"""segmented_embedding in Triton: one launch, whose v is gathered from A [V, padded rank]. Contract in kernels/ops.py."""
+"""segmented_embedding in Triton: one launch, whose v is gathered from A [V, padded rank]. See kernels/ops.py."""
 
 from __future__ import annotations
 

@@ -40,9 +40,13 @@ def _load_v(
         rows = (v_row + tl.arange(0, BLOCK_M)).to(tl.int64)
         at = source + rows[:, None] * WIDTH + (column + r)[None, :]
         total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        AT_ONCE: tl.constexpr = max(1, 4096 // (BLOCK_M * BLOCK_R))  # loads in flight: 32 registers of them
-        for split in tl.range(0, SPLITS, num_stages=1, loop_unroll_factor=AT_ONCE):
-            total += tl.load(at + split * v_split, mask=mask, other=0.0)
+        AT_ONCE: tl.constexpr = 4096 // (BLOCK_M * BLOCK_R)  # parts in flight: 32 registers of a thread
+        if AT_ONCE >= SPLITS:
+            for split in tl.static_range(SPLITS):
+                total += tl.load(at + split * v_split, mask=mask, other=0.0)
+        else:
+            for split in tl.range(0, SPLITS, num_stages=1, loop_unroll_factor=AT_ONCE):
+                total += tl.load(at + split * v_split, mask=mask, other=0.0)
     return total * weight
 
 
@@ -140,6 +144,7 @@ def expand(
                 n = n_first + tl.arange(0, BLOCK_N)
                 y_at = y_rows[:, None] + n[None, :]
                 y_mask = row_mask[:, None] & (n < width)[None, :]
+                before = tl.load(y_at, mask=y_mask, other=0.0)  # here, so that it is under way with B
                 acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 acc = _add(acc, v, arena, b, stride, c, rank, n, width, FEW)
                 if BUCKET > BLOCK_R:
@@ -164,5 +169,4 @@ def expand(
                             )  # fmt: skip
                             acc = _add(acc, its_v, arena, its_b, its_stride, first + c, its_rank, n, width, FEW)
                         acc = _add_bias(acc, arena, its_bias, its_weight, n, width)
-                total = tl.load(y_at, mask=y_mask, other=0.0).to(tl.float32) + acc
-                tl.store(y_at, rounded(total, y.dtype.element_ty), mask=y_mask)
+                tl.store(y_at, rounded(before.to(tl.float32) + acc, y.dtype.element_ty), mask=y_mask)

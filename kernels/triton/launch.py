@@ -5,8 +5,8 @@
     decode    16     tensor cores   256, at most 16        1 to 4 blocks
     prefill   64     tensor cores   1, 2 or 8 of them      1 to 8 blocks
 
-So in decode a row's sums have one order whatever else is in the batch: it changes with the form (few, decode,
-prefill: the padded rows of the step) and with the bucket of the largest rank, and in prefill with the step's rows.
+So a row's sums have one order whatever else is in the batch. It changes with the form, which the step's padded
+rows decide, with the bucket of the largest rank in use, and in prefill with the power of two above the rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kernels.triton.plan import DeviceSegments
+from kernels.triton.plan import DeviceSegments, power_above
 from kernels.types import SiteGroup, SlotWeights
 
 INTERPRETED_PROCESSORS = 2
@@ -64,6 +64,7 @@ class ExpandShape:
     block_r: int
     span: int  # blocks of a program
     grid: tuple[int, int]
+    warps: int
     stages: int
     few: bool
 
@@ -80,7 +81,7 @@ def shrink_shape(plan: DeviceSegments, in_features: int, num_slices: int, sms: i
     bucket, is_prefill, few = plan.rank_bucket, plan.form == "prefill", plan.form == "few"
     is_joined = is_prefill and num_slices > 1 and num_slices * bucket <= 64
     if is_joined:
-        parts, block_r = 0, _power_above(num_slices * bucket)
+        parts, block_r = 0, power_above(num_slices * bucket)
     else:
         block_r = min(bucket, 64) if is_prefill else 16
         parts = min(-(-bucket // block_r), MAX_PARTS)
@@ -88,13 +89,13 @@ def shrink_shape(plan: DeviceSegments, in_features: int, num_slices: int, sms: i
     block_k = PREFILL_BLOCK_K if is_prefill else DECODE_BLOCK_K
     blocks = -(-in_features // block_k)
     if is_prefill:
-        programs = plan.max_tiles * across
+        programs = plan.usual_tiles * across
         wanted = next((splits for splits in PREFILL_SPLITS if programs * splits <= 4 * sms), 1)
     else:
         wanted = MAX_DECODE_SPLITS
     num_k = -(-blocks // wanted)
     splits = -(-blocks // num_k)
-    stages = 1 if few or num_k == 1 else 4 if is_prefill else 3
+    stages = 1 if num_k == 1 else 3 if plan.form == "decode" else 4
     grid = (splits * across, _at_once(plan.max_entries, splits * across, sms))
     return ShrinkShape(parts, block_r, block_k, num_k, splits, grid, stages, few)
 
@@ -104,14 +105,15 @@ def expand_shape(plan: DeviceSegments, widths: tuple[int, ...], sms: int) -> Exp
     is_prefill, few = plan.form == "prefill", plan.form == "few"
     block_r = min(plan.rank_bucket, 64)
     block_n = 32 if few and block_r > 16 else 128
-    blocks = plan.max_tiles * sum(-(-width // block_n) for width in widths)
+    blocks = plan.usual_tiles * sum(-(-width // block_n) for width in widths)
     if few:
         span = 1
     else:  # in prefill a program for every processor and some; in decode, where most is waiting, eight
-        span = min(_power_above(blocks // (sms * (2 if is_prefill else 8))), 8 if is_prefill else 4)
+        span = min(power_above(blocks // (sms * (2 if is_prefill else 8))), 8 if is_prefill else 4)
     spans = sum(-(-width // (span * block_n)) for width in widths)
     stages = 1 if span == 1 else 3 if not is_prefill else 2
-    return ExpandShape(block_n, block_r, span, (spans, _at_once(plan.max_tiles, spans, sms)), stages, few)
+    grid = (spans, _at_once(plan.max_tiles, spans, sms))
+    return ExpandShape(block_n, block_r, span, grid, 8 if is_prefill else 4, stages, few)
 
 
 def geometry_of(group: SiteGroup, weights: SlotWeights) -> torch.Tensor:
@@ -136,8 +138,3 @@ def is_aligned(group: SiteGroup) -> bool:
 def _at_once(most: int, across: int, sms: int) -> int:
     """Entries or tiles that the grid has programs for: eight programs a processor; beyond that they take turns."""
     return max(1, min(most, 8 * sms // across))
-
-
-def _power_above(number: int) -> int:
-    """The first power of two that is at least `number`; 1 for 0."""
-    return 1 << max(number - 1, 0).bit_length()

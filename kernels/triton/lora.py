@@ -58,6 +58,7 @@ def lora_launches(
             "BLOCK_R": shape.block_r,
             "BLOCK_K": shape.block_k,
             "IS_SINGLE": shape.num_k == 1,
+            "STAGES": shape.stages,
         },
         {"num_warps": 4, "num_stages": shape.stages},
     )
@@ -103,5 +104,5 @@ def expand_launch(
             "BLOCK_R": shape.block_r,
             "STAGES": shape.stages,
         },
-        {"num_warps": 4, "num_stages": shape.stages},
+        {"num_warps": shape.warps, "num_stages": shape.stages},
     )

@@ -43,6 +43,9 @@ Records = npt.NDArray[np.int32]
 Signature = tuple[Any, ...]
 
 
+WARM_ROWS = (1, FEW_ROWS, 16, 64, DECODE_ROWS, 512, 1024, 2048, 4096)
+"""Steps of so many rows, with each bucket of ranks, compile between them what a step of any number of rows needs."""
+
 Form = Literal["few", "decode", "prefill"]
 TILE_ROWS: dict[Form, int] = {"few": 4, "decode": 16, "prefill": 64}
 
@@ -56,6 +59,20 @@ def form_of(rows: int) -> Form:
 
 def tile_rows_of(form: Form, rows: int) -> int:
     return 1 if form == "few" and rows <= 1 else TILE_ROWS[form]
+
+
+def usual_tiles(form: Form, rows: int) -> int:
+    """Tiles that kernels are shaped for: of a step of decodes one a row, of a prefill full ones.
+
+    By powers of two between bounds, so that few kernels are compiled: see WARM_ROWS.
+    """
+    rounded = power_above(rows)
+    return min(max(rounded, 512), 4096) // TILE_ROWS[form] if form == "prefill" else min(max(rounded, 16), DECODE_ROWS)
+
+
+def power_above(number: int) -> int:
+    """The first power of two that is at least `number`; 1 for 0."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def bucket_of(rank: int) -> int:
@@ -111,6 +128,7 @@ class DeviceSegments:
         self.rank_bucket = rank_bucket
         self.form = form_of(max_rows)
         self.tile_rows = tile_rows_of(self.form, max_rows)
+        self.usual_tiles = usual_tiles(self.form, max_rows)
         self.has_sets = max_members > max_rows
         self.max_tiles = max_rows if max_tiles is None else max_tiles
         self.max_entries = (max_members if self.has_sets else self.max_tiles) if max_entries is None else max_entries

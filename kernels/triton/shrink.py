@@ -31,10 +31,11 @@ def _block(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IS_SINGLE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """v[rows, columns] = the sum over num_k blocks of K."""
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for i in range(1 if IS_SINGLE else num_k):
+    for i in tl.range(0, 1 if IS_SINGLE else num_k, num_stages=STAGES):
         k = k_begin + i * BLOCK_K + tl.arange(0, BLOCK_K)
         k_mask = k < K
         x = tl.load(x_rows[:, None] + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
@@ -68,6 +69,7 @@ def shrink(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     IS_SINGLE: tl.constexpr,  # num_k is 1
+    STAGES: tl.constexpr,
 ):
     """Grid (splits * slices * PARTS, entries at once)."""
     ACROSS: tl.constexpr = NUM_SLICES * PARTS if PARTS else 1
@@ -95,7 +97,7 @@ def shrink(
                 a_rows = arena + a + (c % BUCKET).to(tl.int64) * K
                 _block(
                     x_rows, row_mask, a_rows, rank_mask, v_rows, c, c < WIDTH, k_begin, K, num_k,
-                    FEW, BLOCK_M, BLOCK_R, BLOCK_K, IS_SINGLE,
+                    FEW, BLOCK_M, BLOCK_R, BLOCK_K, IS_SINGLE, STAGES,
                 )  # fmt: skip
         else:
             piece = across // PARTS
@@ -108,5 +110,5 @@ def shrink(
                 rank_mask = r < rank
                 _block(
                     x_rows, row_mask, a_rows, rank_mask, v_rows, columns, rank_mask, k_begin, K, num_k,
-                    FEW, BLOCK_M, BLOCK_R, BLOCK_K, IS_SINGLE,
+                    FEW, BLOCK_M, BLOCK_R, BLOCK_K, IS_SINGLE, STAGES,
                 )  # fmt: skip

@@ -1,0 +1,201 @@
+"""What the Triton kernels promise, run under the interpreter by test_triton_lora.py in a process of its own.
+
+TRITON_INTERPRET=1 must be set before triton is imported, and holds for a whole process.
+"""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels.triton
+from kernels import reference
+from kernels.triton import launch, lora, plan
+from kernels.triton.interpreter import IS_INTERPRETED
+from kernels.triton.plan import DeviceSegments
+from kernels.types import Segments, SiteGroup
+from tests.kernels.builders import DTYPES, PHASES, POPULARITIES, RANKS, SHAPES, lora_case, pairwise
+from tests.kernels.test_lora import run, same_bits
+from tests.kernels.test_lora_edges import assert_exact, embedding_case, make_case, plain, two_adapters
+
+FORMS = ("few", "decode", "prefill")
+CASES = list(
+    pairwise(form=FORMS, popularity=POPULARITIES, ranks=tuple(RANKS), dtype=DTYPES, shape=tuple(SHAPES), phase=PHASES)
+)
+BACKEND = kernels.triton
+
+
+def name_of(case: dict[str, object]) -> str:
+    return "-".join(str(value).removeprefix("torch.") for value in case.values())
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch):
+    """v is never zeroed: what the expand reads of it, the shrink must have written."""
+    assert IS_INTERPRETED
+
+    def poisoned(shape: tuple[int, ...], **options: object) -> torch.Tensor:
+        return torch.full(shape, torch.nan, **options)
+
+    monkeypatch.setattr(lora, "torch", SimpleNamespace(empty=poisoned, float32=torch.float32))
+
+
+def use_form(monkeypatch, form: str) -> None:
+    """Every step is of this form, whatever its rows."""
+    monkeypatch.setattr(plan, "form_of", lambda rows: form)
+
+
+@pytest.mark.parametrize("factors", CASES, ids=name_of)
+def test_matches_fp64_and_leaves_the_rest_alone(factors, monkeypatch):
+    """Against fp64 and the reference; NaN in base rows, other columns, absent sites and between the weights."""
+    use_form(monkeypatch, factors["form"])
+    case = lora_case(**{name: value for name, value in factors.items() if name != "form"})
+    touched = case.touched()
+    before = [t.clone() for t in (case.x, case.weights.arena, case.weights.table)]
+    got = run(BACKEND, case)
+    assert touched.any()
+    off = (got.double() - case.exact()).abs() / case.bound(rounds_v=False)
+    assert off[touched].max() <= (1 if case.y.dtype == torch.float32 else 1.05), "beyond one rounding of the result"
+    difference = (got.double() - run(reference, case).double()).abs() / (case.bound() + case.bound(rounds_v=False))
+    assert difference[touched].max() <= 1
+    assert same_bits(got[~touched], case.y[~touched])
+    after = [case.x, case.weights.arena, case.weights.table]
+    assert all(same_bits(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("popularity", ["zipf", "sets"])
+def test_a_row_s_bits_depend_on_the_form_alone(form, popularity, monkeypatch):
+    """Each row in a segment of its own, without the others, gives what it gave in the batch; and twice the same."""
+    use_form(monkeypatch, form)
+    case = lora_case(popularity, "ragged", torch.float16, "qkv", "mixed")
+    together = run(BACKEND, case)
+    case.weights.scratch.clear()
+    assert same_bits(together, run(BACKEND, case))
+    bucket = plan.rank_bucket(case.segments, case.weights)
+    s = case.segments
+    for end, members in list(zip(s.ends, s.members, strict=True))[::3]:
+        device = DeviceSegments(len(case.y), 4 * len(case.y), bucket)
+        alone = Segments([end - 1], [end], [members], {"triton": device})
+        device.fill(alone)
+        assert same_bits(run(BACKEND, case, alone)[end - 1], together[end - 1])
+
+
+def plans(rng: random.Random, rows: int, has_sets: bool) -> list[Segments]:
+    """Long ones, short ones and an empty one, in turns; base rows between the segments."""
+    found = []
+    for share in (0.9, 0.2, 0.0, 1.0, 0.5):
+        segments, row = Segments(), 0
+        while row < rows:
+            end = min(row + rng.choice([1, 1, 2, 19]), rows)
+            if rng.random() < share:
+                count = rng.choice([1, 2, 3]) if has_sets else 1
+                weights = (1.0, 0.5, -0.75) if has_sets else (1.0,)
+                segments.starts.append(row)
+                segments.ends.append(end)
+                segments.members.append(tuple((slot, rng.choice(weights)) for slot in rng.sample((1, 2, 3), count)))
+            row = end
+        found.append(segments)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("has_sets", [False, True])
+def test_one_plan_filled_anew_equals_fresh_ones(form, has_sets, monkeypatch):
+    """As a graph does it: the launch is frozen with the first step's lists, only the records' content changes."""
+    use_form(monkeypatch, form)
+    rows, rng = 40, random.Random(f"{form} {has_sets}")
+    case = make_case(two_adapters(torch.float16, ranks=(5, 24)), Segments(), rows=rows)
+    steps = plans(rng, rows, has_sets)
+    bucket = 64
+    device = DeviceSegments(rows, rows * (3 if has_sets else 1), bucket)
+    frozen = Segments(steps[0].starts, steps[0].ends, steps[0].members, {"triton": device})
+    address = device.records.data_ptr()
+    for segments in (*steps, *reversed(steps)):
+        device.fill(segments)
+        fresh = DeviceSegments(rows, rows * (3 if has_sets else 1), bucket)
+        fresh.fill(segments)
+        segments.scratch["triton"] = fresh
+        got = run(BACKEND, case, frozen)
+        assert same_bits(got, run(BACKEND, case, segments))
+        case.segments = segments
+        touched = case.touched()
+        assert ((got.double() - case.exact()).abs() <= case.bound())[touched].all()
+        assert same_bits(got[~touched], case.y[~touched])
+    assert device.records.data_ptr() == address
+
+
+def test_a_table_that_changes_under_a_plan_is_read_anew():
+    """A graph stays valid while images come and go: no address or rank is kept on the host."""
+    big, small = two_adapters(torch.float16, ranks=(13, 8)), two_adapters(torch.float16, ranks=(3, 16))
+    case = make_case(big, plain((0, 5, 1), (5, 6, 2), (7, 12, 1)))
+    device = DeviceSegments(12, 12, 16)
+    device.fill(case.segments)
+    case.segments.scratch["triton"] = device
+    assert_exact(BACKEND, case)
+    weights, after = case.weights, small.weights()
+    weights.arena[: len(after.arena)] = after.arena[: len(weights.arena)]
+    weights.arena[len(after.arena) :] = torch.nan
+    weights.table.copy_(after.table)
+    case.dense = small.dense
+    assert_exact(BACKEND, case)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_values_of_v_keep_their_digits(form, dtype, monkeypatch):
+    """v is fp32: a v that a 16-bit number cannot hold (fp16), and one whose digits cancel, come out exact."""
+    use_form(monkeypatch, form)
+    group = SiteGroup(rows=(1,), offsets=(0,), widths=(32,), in_features=64)
+    builder = two_adapters(dtype)
+    builder.add(1, 1, 32, 64, rank=2)
+    builder.table[2:] = builder.table[0]
+    builder.dense = {(1, 1): builder.dense[1, 1]}
+    case = make_case(builder, plain((0, 6, 1)), rows=6, group=group)
+    a_offset, b_offset = case.weights.table[1, 1, :2].tolist()
+    case.weights.arena[a_offset : a_offset + 128] = 1.0
+    case.weights.arena[a_offset + 127] = 1.0 + 2.0**-6
+    b = case.weights.arena[b_offset : b_offset + 32 * 8].view(32, 8)
+    b[:, 0], b[:, 1] = 1.0, -1.0
+    case.x[:] = 1500.0 if dtype == torch.float16 else 1.5
+    case.y.zero_()
+    got = run(BACKEND, case)
+    expected = -case.x[0, 0].double() * 2.0**-6
+    assert ((got.double() - expected).abs() <= abs(expected) * 2**-7).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_in_every_form(form, dtype, monkeypatch):
+    use_form(monkeypatch, form)
+    builder, segments, ids = embedding_case(dtype)
+    generator = torch.Generator().manual_seed(2)
+    y = torch.randn(16, 48, generator=generator).to(dtype)
+    y[10] = torch.nan  # a base row
+    got, want = y.clone(), y.clone()
+    BACKEND.segmented_embedding(got, ids, builder.weights(), 3, segments)
+    reference.segmented_embedding(want, ids, builder.weights(), 3, segments)
+    absent = torch.tensor([row in (6, 7, 10) for row in range(16)])
+    assert same_bits(got[absent], y[absent])
+    spread = (got.double() - want.double()).abs() / want.double().abs().clamp_min(1e-2)
+    assert spread[~absent].max() <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("sms", [1, 132])
+def test_the_number_of_processors_changes_no_bit_of_a_decode(sms, monkeypatch):
+    case = lora_case("uniform", "ragged", torch.float16, "gate-up", "decode")
+    expected = run(BACKEND, case)
+    monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", sms)
+    launch.processors.cache_clear()
+    assert same_bits(run(BACKEND, case), expected)
+    monkeypatch.undo()
+    launch.processors.cache_clear()
+
+
+def test_a_step_of_one_row():
+    case = make_case(two_adapters(torch.float16), plain((0, 1, 2)), rows=1)
+    assert plan.device_segments(case.segments, case.weights, 1).tile_rows == 1
+    assert_exact(BACKEND, case)
