@@ -3,7 +3,7 @@
               tile   products       parts of K             columns of a program
     few       1, 4   summed         256, at most 16        one block
     decode    16     tensor cores   256, at most 16        1 to 4 blocks
-    prefill   64     tensor cores   1, 2 or 8 of them      1 to 8 blocks
+    prefill   64     tensor cores   1, 2 or 8 of them      1 to 16 blocks
 
 So a row's sums have one order whatever else is in the batch. It changes with the form, which the step's padded
 rows decide, with the bucket of the largest rank in use, and in prefill with the power of two above the rows.
@@ -36,7 +36,7 @@ class Launch:
     grid: tuple[int, int]
     args: tuple[Any, ...]
     sizes: dict[str, Any]  # compile-time arguments
-    options: dict[str, int]  # num_warps, num_stages
+    options: dict[str, int]  # num_warps, num_stages, maxnreg
 
     def __call__(self) -> None:
         self.kernel[self.grid](*self.args, **self.sizes, **self.options)
@@ -52,6 +52,7 @@ class ShrinkShape:
     num_k: int  # blocks of a part of K
     splits: int  # parts of K
     grid: tuple[int, int]
+    warps: int
     stages: int
     few: bool
 
@@ -97,23 +98,31 @@ def shrink_shape(plan: DeviceSegments, in_features: int, num_slices: int, sms: i
     splits = -(-blocks // num_k)
     stages = 1 if num_k == 1 else 3 if plan.form == "decode" else 4
     grid = (splits * across, _at_once(plan.max_entries, splits * across, sms))
-    return ShrinkShape(parts, block_r, block_k, num_k, splits, grid, stages, few)
+    warps = 8 if is_prefill and block_r == 64 else 4
+    return ShrinkShape(parts, block_r, block_k, num_k, splits, grid, warps, stages, few)
 
 
 def expand_shape(plan: DeviceSegments, widths: tuple[int, ...], sms: int) -> ExpandShape:
     """For the expand of one packed projection, or of an embedding, on a device of `sms` processors."""
     is_prefill, few = plan.form == "prefill", plan.form == "few"
     block_r = min(plan.rank_bucket, 64)
-    block_n = 32 if few and block_r > 16 else 128
+    block_n = 64 if is_prefill else 32 if few and block_r > 16 else 128
     blocks = plan.usual_tiles * sum(-(-width // block_n) for width in widths)
     if few:
         span = 1
     else:  # in prefill a program for every processor and some; in decode, where most is waiting, eight
-        span = min(power_above(blocks // (sms * (2 if is_prefill else 8))), 8 if is_prefill else 4)
+        span = min(power_above(blocks // (sms * (2 if is_prefill else 8))), 16 if is_prefill else 4)
     spans = sum(-(-width // (span * block_n)) for width in widths)
-    stages = 1 if span == 1 else 3 if not is_prefill else 2
+    warps = 8 if is_prefill and block_r > 16 else 4
+    stages = 1 if span == 1 else 2 if warps == 8 else 3
     grid = (spans, _at_once(plan.max_tiles, spans, sms))
-    return ExpandShape(block_n, block_r, span, grid, 8 if is_prefill else 4, stages, few)
+    return ExpandShape(block_n, block_r, span, grid, warps, stages, few)
+
+
+def options_of(plan: DeviceSegments, warps: int, stages: int) -> dict[str, int]:
+    """The registers of a thread are bounded by hand: left alone, ptxas would rather spill one than take a few more."""
+    registers = 128 if plan.form == "decode" or warps == 8 else 168
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
 def geometry_of(group: SiteGroup, weights: SlotWeights) -> torch.Tensor:
@@ -136,5 +145,13 @@ def is_aligned(group: SiteGroup) -> bool:
 
 
 def _at_once(most: int, across: int, sms: int) -> int:
-    """Entries or tiles that the grid has programs for: eight programs a processor; beyond that they take turns."""
-    return max(1, min(most, 8 * sms // across))
+    """Entries or tiles that the grid has programs for.
+
+    All of `most` while that is at most 16 programs a processor, which take their turns by themselves; more
+    would cost a plan with few tiles, whose other programs only see that there is nothing for them. Then eight
+    a processor, each with as many of the tiles as the others.
+    """
+    if most * across <= 16 * sms:
+        return most
+    at_once = max(1, 8 * sms // across)
+    return -(-most // -(-most // at_once))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from kernels.triton.expand import expand
-from kernels.triton.launch import Launch, expand_shape, geometry_of, is_aligned, processors, shrink_shape
+from kernels.triton.launch import Launch, expand_shape, geometry_of, is_aligned, options_of, processors, shrink_shape
 from kernels.triton.plan import DeviceSegments, device_segments
 from kernels.triton.shrink import shrink
 from kernels.types import Segments, SiteGroup, SlotWeights
@@ -60,7 +60,7 @@ def lora_launches(
             "IS_SINGLE": shape.num_k == 1,
             "STAGES": shape.stages,
         },
-        {"num_warps": 4, "num_stages": shape.stages},
+        options_of(plan, shape.warps, shape.stages),
     )
     return down, expand_launch(y, v, weights, group, plan, sms, shape.splits)
 
@@ -104,5 +104,5 @@ def expand_launch(
             "BLOCK_R": shape.block_r,
             "STAGES": shape.stages,
         },
-        {"num_warps": shape.warps, "num_stages": shape.stages},
+        options_of(plan, shape.warps, shape.stages),
     )

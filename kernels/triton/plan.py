@@ -132,7 +132,8 @@ class DeviceSegments:
         self.has_sets = max_members > max_rows
         self.max_tiles = max_rows if max_tiles is None else max_tiles
         self.max_entries = (max_members if self.has_sets else self.max_tiles) if max_entries is None else max_entries
-        self.records = torch.zeros(1 + self.max_entries, RECORD, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # else `fill` would be refused outside of it
+            self.records = torch.zeros(1 + self.max_entries, RECORD, dtype=torch.int32, device=device)
 
     def fill(self, segments: Segments) -> None:
         """Take on another step's segments, in stream order: kernels launched before still see the former ones.
