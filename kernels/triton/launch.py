@@ -121,7 +121,7 @@ def expand_shape(plan: DeviceSegments, widths: tuple[int, ...], sms: int) -> Exp
 
 def options_of(plan: DeviceSegments, warps: int, stages: int) -> dict[str, int]:
     """The registers of a thread are bounded by hand: left alone, ptxas would rather spill one than take a few more."""
-    registers = 128 if plan.form == "decode" or warps == 8 else 168
+    registers = 255 if plan.form == "few" else 128 if plan.form == "decode" or warps == 8 else 168
     return {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 

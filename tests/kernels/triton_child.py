@@ -25,14 +25,14 @@ FORMS = ("few", "decode", "prefill")
 CASES = list(
     pairwise(
         form=FORMS,
-        popularity=("identical", "distinct", "skewed", "base-mixed"),
-        ranks=("all-16", "ragged", "wide"),
+        popularity=("distinct", "skewed", "base-mixed"),
+        ranks=("ragged", "wide"),
         dtype=DTYPES,
         shape=tuple(SHAPES),
         phase=("decode", "mixed"),
     )
 )
-"""A selection that is interpreted in half a minute; sets have their own tests. All of tests/kernels is a slow test."""
+"""A selection that takes some twenty seconds; sets have their own tests. All of tests/kernels is a slow test."""
 
 BACKEND = kernels.triton
 
@@ -129,7 +129,7 @@ def plans(rng: random.Random, rows: int, has_sets: bool) -> list[Segments]:
 def test_one_plan_filled_anew_equals_fresh_ones(form, has_sets, monkeypatch):
     """As a graph does it: the launch is frozen with the first step's lists, only the records' content changes."""
     use_form(monkeypatch, form)
-    rows, rng = 40, random.Random(f"{form} {has_sets}")
+    rows, rng = 24, random.Random(f"{form} {has_sets}")
     case = make_case(two_adapters(torch.float16, ranks=(5, 24)), Segments(), rows=rows)
     steps = plans(rng, rows, has_sets)
     bucket = 64
@@ -169,7 +169,7 @@ def test_a_table_that_changes_under_a_plan_is_read_anew():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_large_values_of_v_keep_their_digits(form, dtype, monkeypatch):
-    """v is fp32: a v that a 16-bit number cannot hold (fp16), and one whose digits cancel, come out exact."""
+    """v is fp32: two that cancel but for their last digits leave those, and in fp16 one may be beyond its largest."""
     use_form(monkeypatch, form)
     group = SiteGroup(rows=(1,), offsets=(0,), widths=(32,), in_features=64)
     builder = two_adapters(dtype)
@@ -182,11 +182,13 @@ def test_large_values_of_v_keep_their_digits(form, dtype, monkeypatch):
     case.weights.arena[a_offset + 127] = 1.0 + 2.0**-6
     b = case.weights.arena[b_offset : b_offset + 32 * 8].view(32, 8)
     b[:, 0], b[:, 1] = 1.0, -1.0
-    case.x[:] = 1500.0 if dtype == torch.float16 else 1.5
+    case.x[:] = 1.5
     case.y.zero_()
-    got = run(BACKEND, case)
-    expected = -case.x[0, 0].double() * 2.0**-6
-    assert ((got.double() - expected).abs() <= abs(expected) * 2**-7).all()
+    assert ((run(BACKEND, case).double() + 1.5 * 2.0**-6).abs() <= 1.5 * 2.0**-6 * 2**-7).all()
+    if dtype == torch.float16:
+        case.x[:] = 1500.0  # v is 96000
+        b[:, 0], b[:, 1] = 0.5, 0.0
+        assert ((run(BACKEND, case).double() - 48000).abs() <= 48000 * 2**-10).all()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -202,15 +204,14 @@ def test_embedding_in_every_form(form, dtype, monkeypatch):
     reference.segmented_embedding(want, ids, builder.weights(), 3, segments)
     absent = torch.tensor([row in (6, 7, 10) for row in range(16)])
     assert same_bits(got[absent], y[absent])
-    spread = (got.double() - want.double()).abs() / want.double().abs().clamp_min(1e-2)
+    spread = (got.double() - want.double()).abs() / want.double().abs().clamp_min(4.0)  # what is added is some 3
     assert spread[~absent].max() <= torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("sms", [1, 132])
-def test_the_number_of_processors_changes_no_bit_of_a_decode(sms, monkeypatch):
-    case = lora_case("skewed", "ragged", torch.float16, "gate-up", "decode")
+def test_the_number_of_processors_changes_no_bit_of_a_decode(monkeypatch):
+    case = make_case(two_adapters(torch.float16, ranks=(5, 24)), plain((0, 1, 1), (1, 9, 2), (9, 30, 1)), rows=30)
     expected = run(BACKEND, case)
-    monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", sms)
+    monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 132)
     launch.processors.cache_clear()
     assert same_bits(run(BACKEND, case), expected)
     monkeypatch.undo()
