@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.triton.launch import processors
+from kernels.triton.launch import gpu_of
 from kernels.triton.lora import expand_launch
 from kernels.triton.plan import device_segments
 from kernels.types import Segments, SiteGroup, SlotWeights
@@ -15,4 +15,4 @@ def segmented_embedding(y: torch.Tensor, ids: torch.Tensor, weights: SlotWeights
     plan = device_segments(segments, weights, len(y))
     if plan.max_tiles:
         group = SiteGroup(rows=(row,), offsets=(0,), widths=(y.shape[1],), in_features=0)
-        expand_launch(y, ids, weights, group, plan, processors(y.device), splits=0)()
+        expand_launch(y, ids, weights, group, plan, gpu_of(y.device), splits=0)()

@@ -20,7 +20,6 @@ import torch
 from kernels.triton.plan import DeviceSegments, power_above
 from kernels.types import SiteGroup, SlotWeights
 
-INTERPRETED_PROCESSORS = 2
 MAX_PARTS = 4  # programs that share the ranks of one slice
 DECODE_BLOCK_K = 256
 MAX_DECODE_SPLITS = 16
@@ -70,15 +69,27 @@ class ExpandShape:
     few: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """What the shapes depend on of a device."""
+
+    processors: int
+    capability: int  # 80, 90, ...
+
+
+INTERPRETED = Gpu(processors=2, capability=90)
+
+
 @functools.cache
-def processors(device: torch.device) -> int:
+def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
-        return INTERPRETED_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return INTERPRETED
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.multi_processor_count, 10 * found.major + found.minor)
 
 
-def shrink_shape(plan: DeviceSegments, in_features: int, num_slices: int, sms: int) -> ShrinkShape:
-    """For the shrink of one packed projection on a device of `sms` processors."""
+def shrink_shape(plan: DeviceSegments, in_features: int, num_slices: int, gpu: Gpu) -> ShrinkShape:
+    """For the shrink of one packed projection."""
     bucket, is_prefill, few = plan.rank_bucket, plan.form == "prefill", plan.form == "few"
     is_joined = is_prefill and num_slices > 1 and num_slices * bucket <= 64
     if is_joined:
@@ -91,19 +102,19 @@ def shrink_shape(plan: DeviceSegments, in_features: int, num_slices: int, sms: i
     blocks = -(-in_features // block_k)
     if is_prefill:
         programs = plan.usual_tiles * across
-        wanted = next((splits for splits in PREFILL_SPLITS if programs * splits <= 4 * sms), 1)
+        wanted = next((splits for splits in PREFILL_SPLITS if programs * splits <= 4 * gpu.processors), 1)
     else:
         wanted = MAX_DECODE_SPLITS
     num_k = -(-blocks // wanted)
     splits = -(-blocks // num_k)
     stages = 1 if num_k == 1 else 3 if plan.form == "decode" else 4
-    grid = (splits * across, _at_once(plan.max_entries, splits * across, sms))
+    grid = (splits * across, _at_once(plan.max_entries, splits * across, gpu))
     warps = 8 if is_prefill and block_r == 64 else 4
     return ShrinkShape(parts, block_r, block_k, num_k, splits, grid, warps, stages, few)
 
 
-def expand_shape(plan: DeviceSegments, widths: tuple[int, ...], sms: int) -> ExpandShape:
-    """For the expand of one packed projection, or of an embedding, on a device of `sms` processors."""
+def expand_shape(plan: DeviceSegments, widths: tuple[int, ...], gpu: Gpu) -> ExpandShape:
+    """For the expand of one packed projection, or of an embedding."""
     is_prefill, few = plan.form == "prefill", plan.form == "few"
     block_r = min(plan.rank_bucket, 64)
     block_n = 64 if is_prefill else 32 if few and block_r > 16 else 128
@@ -111,17 +122,24 @@ def expand_shape(plan: DeviceSegments, widths: tuple[int, ...], sms: int) -> Exp
     if few:
         span = 1
     else:  # in prefill a program for every processor and some; in decode, where most is waiting, eight
-        span = min(power_above(blocks // (sms * (2 if is_prefill else 8))), 16 if is_prefill else 4)
+        span = min(power_above(blocks // (gpu.processors * (2 if is_prefill else 8))), 16 if is_prefill else 4)
     spans = sum(-(-width // (span * block_n)) for width in widths)
     warps = 8 if is_prefill and block_r > 16 else 4
     stages = 1 if span == 1 else 2 if warps == 8 else 3
-    grid = (spans, _at_once(plan.max_tiles, spans, sms))
+    grid = (spans, _at_once(plan.max_tiles, spans, gpu))
     return ExpandShape(block_n, block_r, span, grid, warps, stages, few)
 
 
-def options_of(plan: DeviceSegments, warps: int, stages: int) -> dict[str, int]:
-    """The registers of a thread are bounded by hand: left alone, ptxas would rather spill one than take a few more."""
-    registers = 255 if plan.form == "few" else 128 if plan.form == "decode" or warps == 8 else 168
+def options_of(plan: DeviceSegments, gpu: Gpu, warps: int, stages: int) -> dict[str, int]:
+    """The registers of a thread are bounded by hand: left alone, ptxas would rather spill one than take a few more.
+
+    Few programs, those of sets, and those for older GPUs may have as many as they need; of the others as many
+    programs as possible must fit a processor.
+    """
+    if plan.form == "few" or plan.has_sets or gpu.capability < 90:
+        registers = 255
+    else:
+        registers = 128 if plan.form == "decode" or warps == 8 else 168
     return {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
 
 
@@ -144,14 +162,14 @@ def is_aligned(group: SiteGroup) -> bool:
     return all(number % 16 == 0 for number in (*group.offsets, *group.widths))
 
 
-def _at_once(most: int, across: int, sms: int) -> int:
+def _at_once(most: int, across: int, gpu: Gpu) -> int:
     """Entries or tiles that the grid has programs for.
 
     All of `most` while that is at most 16 programs a processor, which take their turns by themselves; more
     would cost a plan with few tiles, whose other programs only see that there is nothing for them. Then eight
     a processor, each with as many of the tiles as the others.
     """
-    if most * across <= 16 * sms:
+    if most * across <= 16 * gpu.processors:
         return most
-    at_once = max(1, 8 * sms // across)
+    at_once = max(1, 8 * gpu.processors // across)
     return -(-most // -(-most // at_once))

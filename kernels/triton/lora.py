@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from kernels.triton.expand import expand
-from kernels.triton.launch import Launch, expand_shape, geometry_of, is_aligned, options_of, processors, shrink_shape
+from kernels.triton.launch import Gpu, Launch, expand_shape, geometry_of, gpu_of, is_aligned, options_of, shrink_shape
 from kernels.triton.plan import DeviceSegments, device_segments
 from kernels.triton.shrink import shrink
 from kernels.types import Segments, SiteGroup, SlotWeights
@@ -22,15 +22,15 @@ def segmented_lora(
     """See kernels/ops.py."""
     plan = device_segments(segments, weights, len(y))
     if plan.max_tiles:
-        for launch in lora_launches(y, x, weights, group, plan, processors(y.device)):
+        for launch in lora_launches(y, x, weights, group, plan, gpu_of(y.device)):
             launch()
 
 
 def lora_launches(
-    y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, group: SiteGroup, plan: DeviceSegments, sms: int
+    y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, group: SiteGroup, plan: DeviceSegments, gpu: Gpu
 ) -> tuple[Launch, Launch]:
-    """The shrink and the expand, for a device of `sms` processors."""
-    shape = shrink_shape(plan, group.in_features, len(group.rows), sms)
+    """The shrink and the expand, for `gpu`."""
+    shape = shrink_shape(plan, group.in_features, len(group.rows), gpu)
     width = len(group.rows) * plan.rank_bucket
     v = torch.empty((shape.splits, plan.max_members, width), dtype=torch.float32, device=y.device)
     down = Launch(
@@ -60,9 +60,9 @@ def lora_launches(
             "IS_SINGLE": shape.num_k == 1,
             "STAGES": shape.stages,
         },
-        options_of(plan, shape.warps, shape.stages),
+        options_of(plan, gpu, shape.warps, shape.stages),
     )
-    return down, expand_launch(y, v, weights, group, plan, sms, shape.splits)
+    return down, expand_launch(y, v, weights, group, plan, gpu, shape.splits)
 
 
 def expand_launch(
@@ -71,11 +71,11 @@ def expand_launch(
     weights: SlotWeights,
     group: SiteGroup,
     plan: DeviceSegments,
-    sms: int,
+    gpu: Gpu,
     splits: int,
 ) -> Launch:
     """The expand. `source` is the shrink's v in `splits` parts; or an embedding's ids, and `splits` 0."""
-    shape = expand_shape(plan, group.widths, sms)
+    shape = expand_shape(plan, group.widths, gpu)
     return Launch(
         expand,
         shape.grid,
@@ -104,5 +104,5 @@ def expand_launch(
             "BLOCK_R": shape.block_r,
             "STAGES": shape.stages,
         },
-        options_of(plan, shape.warps, shape.stages),
+        options_of(plan, gpu, shape.warps, shape.stages),
     )

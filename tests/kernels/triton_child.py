@@ -13,18 +13,19 @@ import torch
 
 import kernels.triton
 from kernels import reference
-from kernels.triton import launch, lora, plan
+from kernels.triton import lora, plan
 from kernels.triton.interpreter import IS_INTERPRETED
+from kernels.triton.launch import Gpu
 from kernels.triton.plan import DeviceSegments
 from kernels.types import Segments, SiteGroup
-from tests.kernels.builders import DTYPES, SHAPES, lora_case, pairwise
+from tests.kernels.builders import DTYPES, SHAPES, ArenaBuilder, lora_case, pairwise
 from tests.kernels.test_lora import run, same_bits
 from tests.kernels.test_lora_edges import assert_exact, embedding_case, make_case, plain, two_adapters
 
 FORMS = ("few", "decode", "prefill")
 CASES = list(
     pairwise(
-        form=FORMS,
+        form=FORMS[1:],
         popularity=("distinct", "skewed", "base-mixed"),
         ranks=("ragged", "wide"),
         dtype=DTYPES,
@@ -92,15 +93,16 @@ def test_sets_of_ranks_beyond_a_block(form, dtype, monkeypatch):
 def test_a_row_s_bits_depend_on_the_form_alone(form, weight, monkeypatch):
     """Each row in a segment of its own, without the others, gives what it gave in the batch; and twice the same."""
     use_form(monkeypatch, form)
-    case = make_case(two_adapters(torch.float16, ranks=(5, 24)), Segments(), rows=30)
+    rows = 9 if form == "few" else 30
+    case = make_case(two_adapters(torch.float16, ranks=(5, 24)), Segments(), rows=rows)
     members = ((1, weight),) if weight == 1.0 else ((1, weight), (2, 0.5))
-    case.segments = Segments([0, 1, 4], [1, 3, 29], [members, ((2, 1.0),), members])
+    case.segments = Segments([0, 1, 4], [1, 3, rows - 1], [members, ((2, 1.0),), members])
     together = run(BACKEND, case)
     case.weights.scratch.clear()
     assert same_bits(together, run(BACKEND, case))
     bucket = plan.rank_bucket(case.segments, case.weights)
-    for row, its in ((0, members), (2, ((2, 1.0),)), (4, members), (11, members), (28, members)):
-        device = DeviceSegments(30, 60, bucket)
+    for row, its in ((0, members), (2, ((2, 1.0),)), (4, members), (rows - 2, members)):
+        device = DeviceSegments(rows, 2 * rows, bucket)
         alone = Segments([row], [row + 1], [its], {"triton": device})
         device.fill(alone)
         assert same_bits(run(BACKEND, case, alone)[row], together[row])
@@ -129,7 +131,7 @@ def plans(rng: random.Random, rows: int, has_sets: bool) -> list[Segments]:
 def test_one_plan_filled_anew_equals_fresh_ones(form, has_sets, monkeypatch):
     """As a graph does it: the launch is frozen with the first step's lists, only the records' content changes."""
     use_form(monkeypatch, form)
-    rows, rng = 24, random.Random(f"{form} {has_sets}")
+    rows, rng = 4 if form == "few" else 24, random.Random(f"{form} {has_sets}")
     case = make_case(two_adapters(torch.float16, ranks=(5, 24)), Segments(), rows=rows)
     steps = plans(rng, rows, has_sets)
     bucket = 64
@@ -211,17 +213,26 @@ def test_embedding_in_every_form(form, dtype, monkeypatch):
 def test_the_number_of_processors_changes_no_bit_of_a_decode(monkeypatch):
     case = make_case(two_adapters(torch.float16, ranks=(5, 24)), plain((0, 1, 1), (1, 9, 2), (9, 30, 1)), rows=30)
     expected = run(BACKEND, case)
-    monkeypatch.setattr(launch, "INTERPRETED_PROCESSORS", 132)
-    launch.processors.cache_clear()
+    monkeypatch.setattr(lora, "gpu_of", lambda device: Gpu(processors=132, capability=90))
     assert same_bits(run(BACKEND, case), expected)
-    monkeypatch.undo()
-    launch.processors.cache_clear()
 
 
-def test_a_step_of_one_row():
-    case = make_case(two_adapters(torch.float16), plain((0, 1, 2)), rows=1)
-    assert plan.device_segments(case.segments, case.weights, 1).tile_rows == 1
-    assert_exact(BACKEND, case)
+@pytest.mark.parametrize(
+    ("ranks", "dtype"), [((5, 16), torch.bfloat16), ((40, 1), torch.float16), ((130, 3), torch.float32)], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_rows(shape, ranks, dtype):
+    """One row, and four of two adapters around a base row's; x, y and the arena as in the other tests."""
+    group = SHAPES[shape]
+    builder = ArenaBuilder(dtype, num_slots=3)
+    for slot, rank in zip((1, 2), ranks, strict=True):
+        for row, width in zip(group.rows, group.widths, strict=True):
+            builder.add(slot, row, width, group.in_features, rank)
+    for rows, segments in ((1, plain((0, 1, 1))), (4, plain((0, 1, 2), (2, 4, 1)))):
+        case = make_case(builder, segments, rows, group)
+        case.x[1:2], case.y[1:2] = torch.nan, torch.nan
+        assert plan.device_segments(segments, case.weights, rows).tile_rows == rows
+        assert_exact(BACKEND, case)
 
 
 @pytest.mark.parametrize("form", FORMS)
