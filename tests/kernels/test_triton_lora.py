@@ -31,13 +31,15 @@ def interpreted(folder: Path, *selection: str, timeout: int) -> int:
     return int(suite.attrib["tests"])
 
 
+@pytest.mark.timeout(900)  # half a minute on a free processor
 def test_the_kernels_promises(tmp_path):
-    assert interpreted(tmp_path, "tests/kernels/triton_child.py", timeout=280) > 50
+    assert interpreted(tmp_path, "tests/kernels/triton_child.py", timeout=850) > 50
 
 
+@pytest.mark.timeout(900)
 def test_the_edges_of_every_backend(tmp_path):
     selection = ("-k", f"triton and not ({LEFT_OUT})", "tests/kernels/test_lora_edges.py")
-    assert interpreted(tmp_path, *selection, timeout=280) > 25
+    assert interpreted(tmp_path, *selection, timeout=850) > 25
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ CASES = list(
         phase=("decode", "mixed"),
     )
 )
-"""A selection that is quickly interpreted; sets and ranks above 64 have their own tests. All of tests/kernels is a slow test."""
+"""A selection that is quickly interpreted: sets and ranks above 64 have their own tests, and a slow test runs all."""
 
 BACKEND = kernels.triton
 
