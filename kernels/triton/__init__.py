@@ -9,8 +9,9 @@ import torch
 __all__ = ["is_available"]
 
 if importlib.util.find_spec("triton") is not None:
-    from kernels.torch_backend import paged_attention, write_kv
+    from kernels.triton.attention import paged_attention
     from kernels.triton.embedding import segmented_embedding
+    from kernels.triton.kv import write_kv
     from kernels.triton.lora import segmented_lora
 
     __all__ += ["paged_attention", "segmented_embedding", "segmented_lora", "write_kv"]
