@@ -49,6 +49,9 @@ class Launch(NamedTuple):
     """One grid of tiles over part of the step's rows."""
 
     is_decode: bool
+    is_careful: bool  # only where a result of the launch before is not finite
+    shape: TileShape
+    tile_rows: int  # query rows of a tile
     first_request: int  # also its first row: the requests before it have one row each
     rows: int
     tiles: int
@@ -70,7 +73,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """See kernels/ops.py. Scores, softmax and sums are fp32; each probability is rounded once.
 
-    A non-finite value that a row does not see reaches it in no case, also within its own request.
+    A value that is not finite reaches no row that doesn't see it, also of its own request.
     """
     device = device_attention(meta)
     is_all_written = meta.num_decodes == len(meta.context_lens) or meta.query_starts[-1] == len(q)
@@ -91,20 +94,25 @@ def _launches(
 ) -> list[Launch]:
     """Decodes first. A step of nothing else is one launch over all rows, also those of no request."""
     requests, decodes, kv_heads = len(meta.context_lens), meta.num_decodes, k_cache.shape[2]
-    wanted = 4 * _num_multiprocessors(q.device)  # programs that fill the device
+    group = q.shape[1] // kv_heads
     launches = []
     rows = len(q) if decodes == requests else decodes
     if rows:
         longest = min(device.max_blocks * meta.block_size, window or 1 << 62)
         max_chunks = min(MAX_CHUNKS, max(1, triton.cdiv(longest, MIN_CHUNK)))
-        programs = min(max_chunks, max(MIN_DECODE_PROGRAMS, triton.cdiv(wanted, rows * kv_heads)))
-        launches.append(Launch(True, 0, rows, rows, programs, MAX_CHUNKS, max_chunks))
+        wanted = triton.cdiv(4 * _num_multiprocessors(q.device), rows * kv_heads)
+        programs = min(max_chunks, max(MIN_DECODE_PROGRAMS, wanted))
+        shape = _decode_shape(q, group)
+        launches.append(Launch(True, False, shape, 1, 0, rows, rows, programs, MAX_CHUNKS, max_chunks))
     if decodes < requests:
         rows = meta.query_starts[-1] - decodes
-        tiles = rows // _tile_rows(q, kv_heads) + requests - decodes
-        longest = max(meta.context_lens[decodes:])
-        programs = min(MAX_CHUNKS, triton.cdiv(wanted // 2, tiles * kv_heads), triton.cdiv(longest, MIN_CHUNK))
-        launches.append(Launch(False, decodes, rows, tiles, programs, programs, programs))
+        for is_careful, shape in ((False, _prefill_shape(q, group)), (True, _careful_shape(q, group))):
+            tile_rows = shape.rows // group
+            tiles = rows // tile_rows + requests - decodes
+            wanted = triton.cdiv(2 * _num_multiprocessors(q.device), tiles * kv_heads)
+            longest = triton.cdiv(max(meta.context_lens[decodes:]), MIN_CHUNK)
+            chunks = 1 if is_careful else min(MAX_CHUNKS, wanted, longest)
+            launches.append(Launch(False, is_careful, shape, tile_rows, decodes, rows, tiles, chunks, chunks, chunks))
     return launches
 
 
@@ -122,7 +130,6 @@ def _attend(
 ) -> None:
     """The rows of one launch: their tiles, and where those can have several chunks, these joined."""
     heads, (_, block_size, kv_heads, head_dim) = q.shape[1], k_cache.shape
-    shape = _tile_shape(q, kv_heads, launch.is_decode)
     parts = (launch.rows, heads, launch.max_chunks) if launch.max_chunks > 1 else (1, 1, 1)
     part_out = torch.empty((*parts, head_dim), dtype=torch.float32, device=q.device)
     part_stats = torch.empty((*parts, 2), dtype=torch.float32, device=q.device)
@@ -130,7 +137,7 @@ def _attend(
     numbers = (launch.first_request, device.max_requests, window or 0, launch.chunk_limit, launch.max_chunks)
     constants = {
         "IS_DECODE": launch.is_decode,
-        "TILE_ROWS": 1 if launch.is_decode else _tile_rows(q, kv_heads),
+        "TILE_ROWS": launch.tile_rows,
         "GROUP": heads // kv_heads,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": head_dim,
@@ -151,31 +158,47 @@ def _attend(
         scale,
         softcap or 0.0,
         **constants,
+        IS_CAREFUL=launch.is_careful,
         BLOCK_SIZE=block_size,
         HAS_SOFTCAP=softcap is not None,
-        BLOCK_M=shape.rows,
-        BLOCK_N=shape.keys,
+        BLOCK_M=launch.shape.rows,
+        BLOCK_N=launch.shape.keys,
         UPCAST=_is_upcast(q),
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        num_warps=launch.shape.num_warps,
+        num_stages=launch.shape.num_stages,
     )
     if launch.max_chunks > 1:
         _join_chunks[(heads, launch.rows)](*shared, *numbers, **constants, CHUNKS=MAX_CHUNKS, num_warps=4)
 
 
-def _tile_shape(q: torch.Tensor, kv_heads: int, is_decode: bool) -> TileShape:
-    group = triton.next_power_of_2(q.shape[1] // kv_heads)
-    is_wide, is_fp32 = q.shape[2] > 128, q.dtype == torch.float32
-    if is_decode:
-        return TileShape(max(16, group), 32 if is_wide or is_fp32 else 64, 4, 2 if is_fp32 else 3)
-    if is_fp32:
-        return TileShape(max(32, group), 32, 8, 1)
-    return TileShape(max(64, group), 32, 8, 2) if is_wide else TileShape(max(128, group), 64, 8, 3)
+def _decode_shape(q: torch.Tensor, group: int) -> TileShape:
+    """Five stages keep two tiles of keys and values on their way: their addresses are loads of their own."""
+    keys = 32 if q.shape[2] > 128 or q.dtype == torch.float32 else 64
+    return TileShape(max(16, triton.next_power_of_2(group)), keys, 4, 3 if q.dtype == torch.float32 else 5)
 
 
-def _tile_rows(q: torch.Tensor, kv_heads: int) -> int:
-    """Query rows of a prefill tile."""
-    return _tile_shape(q, kv_heads, False).rows // (q.shape[1] // kv_heads)
+def _prefill_shape(q: torch.Tensor, group: int) -> TileShape:
+    is_wide = q.shape[2] > 128
+    if q.dtype == torch.float32:
+        rows, keys, num_warps, num_stages = 32, 16, 8, 1
+    elif is_wide:
+        rows, keys, num_warps, num_stages = 64, 32, 8, 2
+    elif _is_ampere(q.device):
+        rows, keys, num_warps, num_stages = 64, 64, 8, 3
+    else:
+        rows, keys, num_warps, num_stages = 128, 64, 8, 3
+    return TileShape(max(rows, triton.next_power_of_2(group)), keys, num_warps, num_stages)
+
+
+def _careful_shape(q: torch.Tensor, group: int) -> TileShape:
+    """Small: it hardly ever does more than look."""
+    return TileShape(max(32, triton.next_power_of_2(group)), 16, 8, 1)
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    """Less than Hopper, whose matrix units read their operands from shared memory and not from registers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
 
 
 @functools.cache
@@ -225,7 +248,7 @@ def _attend_keys(
     cache,
     scoring,
     IS_MASKED: tl.constexpr,  # some key lies at `last` or after it, or is hidden from some row
-    IS_CAREFUL: tl.constexpr,
+    IS_CAREFUL: tl.constexpr,  # no product of a value that is not finite with the weight 0 of who doesn't see it
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -240,11 +263,20 @@ def _attend_keys(
     scale, softcap, window = scoring
     keys = first + tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
-    is_key = keys < last if IS_MASKED else keys >= 0
-    blocks = tl.load(block_table + keys // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+    is_dim = (dims < HEAD_DIM)[None, :]
+    if IS_MASKED:
+        is_key = keys < last
+        blocks = tl.load(block_table + keys // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+    else:
+        blocks = tl.load(block_table + keys // BLOCK_SIZE).to(tl.int64)
     places = ((blocks * BLOCK_SIZE + keys % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
-    is_read = is_key[:, None] & (dims < HEAD_DIM)[None, :]
-    k = tl.load(k_cache + places[:, None] + dims[None, :], mask=is_read, other=0.0)
+    k_at = k_cache + places[:, None] + dims[None, :]
+    if IS_MASKED:
+        k = tl.load(k_at, mask=is_key[:, None] & is_dim, other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        k = tl.load(k_at)
+    else:
+        k = tl.load(k_at, mask=is_dim, other=0.0)
     k = k.to(tl.float32) if UPCAST else k
     scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale
     if HAS_SOFTCAP:
@@ -261,21 +293,22 @@ def _attend_keys(
     factor = tl.exp2(top - shift)
     total = total * factor + tl.sum(weights, 1)
     acc = acc * factor[:, None]
-    if IS_MASKED and IS_CAREFUL:
-        for offset in tl.range(0, BLOCK_N, num_stages=1):
-            key = first + offset
-            block = tl.load(block_table + key // BLOCK_SIZE, mask=key < last, other=0).to(tl.int64)
-            place = ((block * BLOCK_SIZE + key % BLOCK_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
-            value = tl.load(v_cache + place + dims, mask=(key < last) & (dims < HEAD_DIM), other=0.0)
-            is_it = (keys == key)[None, :] & is_seen
-            weight = tl.sum(tl.where(is_it, weights, 0.0), 1)
-            sees_it = tl.max(is_it.to(tl.int32), 1) > 0
-            more = weight[:, None] * value.to(tl.float32)[None, :]
-            acc = tl.where(sees_it[:, None], acc + more, acc)
+    v_at = v_cache + places[:, None] + dims[None, :]
+    if IS_CAREFUL:
+        is_read = is_key[:, None] & is_dim
+        is_finite = tl.abs(tl.load(v_at, mask=is_read, other=0.0).to(tl.float32)) < float("inf")
+        is_clean = tl.min(is_finite.to(tl.int32), 1) > 0  # [BLOCK_N]
+        is_poisoned = tl.max((is_seen & ~is_clean[None, :]).to(tl.int32), 1) > 0  # [BLOCK_M]
+        acc = tl.where(is_poisoned[:, None], float("nan"), acc)
+        v = tl.load(v_at, mask=is_read & is_clean[:, None], other=0.0)
+    elif IS_MASKED:
+        v = tl.load(v_at, mask=is_key[:, None] & is_dim, other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        v = tl.load(v_at)
     else:
-        v = tl.load(v_cache + places[:, None] + dims[None, :], mask=is_read, other=0.0)
-        weights, v = (weights, v.to(tl.float32)) if UPCAST else (weights.to(v.dtype), v)
-        acc = tl.dot(weights, v, acc, input_precision="ieee")
+        v = tl.load(v_at, mask=is_dim, other=0.0)
+    weights, v = (weights, v.to(tl.float32)) if UPCAST else (weights.to(v.dtype), v)
+    acc = tl.dot(weights, v, acc, input_precision="ieee")
     return acc, total, new_top
 
 
@@ -290,7 +323,7 @@ def _attend_chunk(
     cache,  # k_cache, v_cache, the request's block table, the KV head
     scoring,  # scale, softcap, window
     IS_DECODE: tl.constexpr,
-    IS_CAREFUL: tl.constexpr,  # no product of a weight and a value that the row doesn't see
+    IS_CAREFUL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -306,38 +339,25 @@ def _attend_chunk(
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     begun = first  # from which on every row's window has begun
-    if HAS_WINDOW and not IS_DECODE:
-        begun += tl.cdiv(tl.maximum(highest - scoring[2] + 1 - first, 0), BLOCK_N) * BLOCK_N
-        begun = tl.minimum(begun, last)
-    ended = begun  # from which on some row comes before the keys
-    if not IS_DECODE:
-        ended += tl.maximum(tl.minimum(last, lowest + 1) - begun, 0) // BLOCK_N * BLOCK_N
-    for stretch in tl.static_range(3):
-        low = first if stretch == 0 else (begun if stretch == 1 else ended)
-        high = begun if stretch == 0 else (ended if stretch == 1 else last)
-        if stretch == 2 or (not IS_DECODE and (stretch == 1 or HAS_WINDOW)):
-            for key in range(low, high, BLOCK_N):
-                acc, total, top = _attend_keys(
-                    acc,
-                    total,
-                    top,
-                    key,
-                    last,
-                    q_tile,
-                    positions,
-                    cache,
-                    scoring,
-                    stretch != 1,
-                    IS_CAREFUL,
-                    KV_HEADS,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    BLOCK_SIZE,
-                    BLOCK_N,
-                    HAS_WINDOW,
-                    HAS_SOFTCAP,
-                    UPCAST,
-                )
+    ended = first  # from which on some row comes before the keys
+    if not IS_DECODE and not IS_CAREFUL:
+        if HAS_WINDOW:
+            begun += tl.cdiv(tl.maximum(highest - scoring[2] + 1 - first, 0), BLOCK_N) * BLOCK_N
+            begun = tl.minimum(begun, last)
+        ended = begun + tl.maximum(tl.minimum(last, lowest + 1) - begun, 0) // BLOCK_N * BLOCK_N
+    num_before = tl.cdiv(begun - first, BLOCK_N)
+    for index in range(num_before + tl.cdiv(last - ended, BLOCK_N)):  # what some row doesn't see
+        key = tl.where(index < num_before, first + index * BLOCK_N, ended + (index - num_before) * BLOCK_N)
+        acc, total, top = _attend_keys(
+            acc, total, top, key, last, q_tile, positions, cache, scoring, True, IS_CAREFUL,
+            KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+        )  # fmt: skip
+    if not IS_DECODE and not IS_CAREFUL:
+        for key in range(begun, ended, BLOCK_N):
+            acc, total, top = _attend_keys(
+                acc, total, top, key, last, q_tile, positions, cache, scoring, False, False,
+                KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+            )  # fmt: skip
     return acc, total, top
 
 
@@ -373,6 +393,7 @@ def _attend_tiles(
     MIN_CHUNK: tl.constexpr,
     REQUESTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_CAREFUL: tl.constexpr,  # once more, where a result is not finite
     BLOCK_SIZE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -411,6 +432,10 @@ def _attend_tiles(
         return
     is_row = at < rows * GROUP
     is_own = is_row[:, None] & is_dim[None, :]
+    if IS_CAREFUL:
+        is_finite = tl.abs(tl.load(to_out, mask=is_own, other=0.0).to(tl.float32)) < float("inf")
+        if tl.min(tl.min(is_finite.to(tl.int32), 1), 0) == 1:
+            return
     from_q = q + (row_of * q_row_stride + heads * q_head_stride)[:, None] + dims[None, :] * q_dim_stride
     q_tile = tl.load(from_q, mask=is_own, other=0.0)
     q_tile = q_tile.to(tl.float32) if UPCAST else q_tile
@@ -422,50 +447,9 @@ def _attend_tiles(
         first = begin + index * chunk
         last = tl.minimum(first + chunk, end)
         acc, total, top = _attend_chunk(
-            first,
-            last,
-            q_tile,
-            positions,
-            position,
-            position + rows - 1,
-            cache,
-            scoring,
-            IS_DECODE,
-            False,
-            BLOCK_M,
-            KV_HEADS,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_SIZE,
-            BLOCK_N,
-            HAS_WINDOW,
-            HAS_SOFTCAP,
-            UPCAST,
-        )
-        if not IS_DECODE:
-            is_finite = tl.abs(acc) < float("inf")
-            if tl.min(tl.min(is_finite.to(tl.int32), 1), 0) == 0:  # maybe 0 times the infinity of a hidden value
-                acc, total, top = _attend_chunk(
-                    first,
-                    last,
-                    q_tile,
-                    positions,
-                    position,
-                    position + rows - 1,
-                    cache,
-                    scoring,
-                    IS_DECODE,
-                    True,
-                    BLOCK_M,
-                    KV_HEADS,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    BLOCK_SIZE,
-                    BLOCK_N,
-                    HAS_WINDOW,
-                    HAS_SOFTCAP,
-                    UPCAST,
-                )
+            first, last, q_tile, positions, position, position + rows - 1, cache, scoring, IS_DECODE, IS_CAREFUL,
+            BLOCK_M, KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, UPCAST,
+        )  # fmt: skip
         if num_chunks == 1:
             if sinks is not None:
                 sink = tl.load(sinks + heads, mask=is_row, other=0.0).to(tl.float32) * LOG2_E
