@@ -178,21 +178,20 @@ def _decode_shape(q: torch.Tensor, group: int) -> TileShape:
 
 
 def _prefill_shape(q: torch.Tensor, group: int) -> TileShape:
-    is_wide = q.shape[2] > 128
+    """The largest that spills no register (tests/kernels/test_triton_attention.py)."""
+    is_wide, is_ampere = q.shape[2] > 128, _is_ampere(q.device)
     if q.dtype == torch.float32:
-        rows, keys, num_warps, num_stages = 32, 16, 8, 1
+        rows, keys, num_stages = 32, 16, 1
     elif is_wide:
-        rows, keys, num_warps, num_stages = 64, 32, 8, 2
-    elif _is_ampere(q.device):
-        rows, keys, num_warps, num_stages = 64, 64, 8, 3
+        rows, keys, num_stages = (64, 32, 2) if is_ampere else (32, 64, 2)
     else:
-        rows, keys, num_warps, num_stages = 128, 64, 8, 3
-    return TileShape(max(rows, triton.next_power_of_2(group)), keys, num_warps, num_stages)
+        rows, keys, num_stages = (64, 64, 3) if is_ampere else (128, 64, 3)
+    return TileShape(max(rows, triton.next_power_of_2(group)), keys, 8, num_stages)
 
 
 def _careful_shape(q: torch.Tensor, group: int) -> TileShape:
     """Small: it hardly ever does more than look."""
-    return TileShape(max(32, triton.next_power_of_2(group)), 16, 8, 1)
+    return TileShape(max(32, triton.next_power_of_2(group)), 16, 4, 1)
 
 
 @functools.cache
