@@ -83,7 +83,7 @@ def test_bits_of_a_decode_row_depend_on_its_own_context_alone(short_chunks, monk
     """Not on its neighbours, nor on how many programs share its chunks, nor on how wide the tables are."""
     case = decoding(attention_case("long", torch.float16, (4, 2, 32), **options))
     together = run(case)
-    for i, (context, processors) in enumerate(zip(case.meta.context_lens, (1, 100, 1, 100), strict=True)):
+    for i, (context, processors) in enumerate(zip(case.meta.context_lens, (100, 1, 100, 1), strict=True)):
         monkeypatch.setattr(attention, "_num_multiprocessors", lambda device, number=processors: number)
         tables = np.zeros((1, 20 + i), np.int32)
         tables[0, : case.meta.block_tables.shape[1]] = case.meta.block_tables[i]

@@ -34,16 +34,16 @@ FULL = {"sliding_window": 512, "softcap": 30.0}
 
 
 def test_in_the_interpreter():
-    """The suite that every backend passes, but what fp64 says already, and interpreted_attention.py."""
+    """What fp64 says of every backend, and interpreted_attention.py; see there for what else the suite asks."""
     files = [HERE / "test_attention.py", HERE / "interpreted_attention.py"]
-    chosen = "interpreted or triton and not the_reference and not same_arguments"
+    chosen = "interpreted or triton and (fp64 or nan or no_request or write_kv or rows_of or writes_then)"
     command = [sys.executable, "-m", "pytest", *map(str, files), "-k", chosen, "-q", "--no-header", "--timeout=280"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     root = HERE.parents[1]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=290)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) > len(CASES) + 20 and "skipped" not in done.stdout
+    assert passed and int(passed[1]) > len(CASES) + 25 and "skipped" not in done.stdout
 
 
 @dataclass
@@ -95,7 +95,7 @@ def compiled(kernel: triton.JITFunction, args, options, capability: int, folder:
 def recorders(monkeypatch):
     """The kernels' names in their modules, with what their launches would have been."""
     found = {}
-    for module, name in ((attention, "_attend_tiles"), (attention, "_join_chunks"), (kv, "_write_rows")):
+    for module, name in ((attention, "attend_tiles"), (attention, "join_chunks"), (kv, "_write_rows")):
         found[name] = Recorder(getattr(module, name))
         monkeypatch.setattr(module, name, found[name])
     return found
