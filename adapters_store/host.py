@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from adapters_store.errors import AdapterCorrupt, AdapterUnavailable
-from adapters_store.image import checksum_of
+from adapters_store.image import Checksum, checksum_of
 from adapters_store.ref import AdapterRef
 
 Buffer = Any
@@ -28,25 +29,56 @@ def read_image(ref: AdapterRef, into: Buffer) -> None:
     view = memoryview(into).cast("B")
     if len(view) != ref.data_bytes:
         raise ValueError(f"a buffer of {len(view)} bytes for an image of {ref.data_bytes}")
-    try:
-        _read(ref, view)
-    except OSError as error:
-        raise AdapterUnavailable(f"the image of adapter {ref.name} can't be read: {error.strerror}") from error
+    with open_image(ref) as reader:
+        reader.fill(view, 0)
     if checksum_of(view) != ref.checksum:
-        raise AdapterCorrupt(f"the image of adapter {ref.name} is damaged on disk: its checksum differs")
+        raise _differs(ref)
 
 
-def _read(ref: AdapterRef, view: memoryview) -> None:
-    descriptor = os.open(ref.image_path, os.O_RDONLY | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb", buffering=0):
-        if os.fstat(descriptor).st_size != ref.data_offset + ref.data_bytes:
-            raise AdapterCorrupt(f"the image of adapter {ref.name} is damaged on disk: its size differs")
+class ImageReader:
+    """Reads a data section part by part, for who can't hold it in one piece. Made by `open_image`."""
+
+    def __init__(self, ref: AdapterRef, descriptor: int) -> None:
+        self._ref = ref
+        self._descriptor = descriptor
+        self._sum = Checksum()
+
+    def fill(self, into: Buffer, start: int) -> None:
+        """Fill `into` with the bytes from `start` on."""
+        view = memoryview(into).cast("B")
         filled = 0
         while filled < len(view):
-            count = os.preadv(descriptor, [view[filled:]], ref.data_offset + filled)
+            count = os.preadv(self._descriptor, [view[filled:]], self._ref.data_offset + start + filled)
             if count == 0:
-                raise AdapterCorrupt(f"the image of adapter {ref.name} is damaged on disk: it ends early")
+                raise AdapterCorrupt(f"the image of adapter {self._ref.name} is damaged on disk: it ends early")
             filled += count
+
+    def read(self, into: Buffer, start: int) -> None:
+        """As `fill`, for `verify`: the parts in order, without holes."""
+        self.fill(into, start)
+        self._sum.update(into)
+
+    def verify(self) -> None:
+        """Raise AdapterCorrupt unless what was read, all of it, is what was compiled."""
+        if self._sum.hexdigest() != self._ref.checksum:
+            raise _differs(self._ref)
+
+
+@contextlib.contextmanager
+def open_image(ref: AdapterRef) -> Iterator[ImageReader]:
+    """A reader of an image whose file has the right size; errors as in `read_image`, also of what is read in here."""
+    try:
+        descriptor = os.open(ref.image_path, os.O_RDONLY | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb", buffering=0):
+            if os.fstat(descriptor).st_size != ref.data_offset + ref.data_bytes:
+                raise AdapterCorrupt(f"the image of adapter {ref.name} is damaged on disk: its size differs")
+            yield ImageReader(ref, descriptor)
+    except OSError as error:
+        raise AdapterUnavailable(f"the image of adapter {ref.name} can't be read: {error.strerror}") from error
+
+
+def _differs(ref: AdapterRef) -> AdapterCorrupt:
+    return AdapterCorrupt(f"the image of adapter {ref.name} is damaged on disk: its checksum differs")
 
 
 def allocate_pageable(num_bytes: int) -> Buffer:

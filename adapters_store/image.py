@@ -104,6 +104,10 @@ def checksum_of(data: memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+Checksum = xxhash.xxh3_128
+"""checksum_of in parts: update(bytes) in order, then hexdigest()"""
+
+
 def padded_rank(rank: int) -> int:
     """The rank as stored."""
     return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE

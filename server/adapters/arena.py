@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import queue
 import threading
 import time
@@ -13,24 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from adapters_store.errors import AdapterCorrupt, AdapterMismatch, AdapterUnavailable
-from adapters_store.host import HostCache, read_image
+from adapters_store.host import HostCache
 from adapters_store.image import TENSOR_ALIGNMENT, ImageHeader, ImageSite, read_header
 from adapters_store.manifest import BaseManifest
 from adapters_store.ref import AdapterRef
-from kernels.memory import lazy_zeros
-from kernels.types import A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK, TABLE_COLUMNS, SlotWeights
-from server.adapters.ahead import TouchAhead
-from server.adapters.regions import ALIGNMENT
-from server.errors import ConfigError
+from kernels.types import A_OFFSET, B_OFFSET, BIAS_OFFSET, RANK
+from server.adapters.memory import ArenaMemory, DeviceMemory, HostMemory, Rows, absent_rows
+from server.adapters.streams import CudaStreams, Event, Streams
 
 MAX_LAYOUTS = 4096  # site tables remembered, some 8 KB each: reading one costs a load a millisecond of Python
-
-Rows = npt.NDArray[np.int64]
-"""Table rows [site rows, 5]: A offset, B offset, bias offset, rank, stride (kernels/types.py)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +44,18 @@ class _Layout:
 
 
 class AdapterArena:
-    """The SlotDevice on CPU. `weights` is what the kernels read; its tensors never change address.
+    """The SlotDevice. `weights` is what the kernels read; its tensors never change address.
 
         arena:  | image of slot 2 | image of slot 1 |      free      | image of slot 3 |
         table:  slot 1: site 0 -> (A, B, bias, rank, stride), site 1 -> ... all relative to the arena
 
-    The memory is reserved at once and touched a little ahead of the images that come. With `host` an image is read
-    into the host tier and copied; without (a host budget of 0) it is read straight into its region, so
-    that it is in memory once. Either way its checksum was verified in memory before it is committed.
+    With `host` an image is read into the host tier and copied; without (a host budget of 0) it is read straight
+    into its region, so that it is in memory once. Either way its checksum was verified in memory before it is
+    committed.
 
     Threads: `load`'s work runs on the loader thread and touches only its own region, which the slots keep
-    free of anything else until the load is done. All else runs on the engine thread, between steps, which
-    on CPU are synchronous. (On CUDA, `move` and `clear` have to go to the step's stream and the loader's
-    copies wait for an event recorded there.)
+    free of anything else until the load is done. All else runs on the engine thread, between the dispatch of
+    one step and that of the next. On the CPU steps are synchronous; on a device, `memory` says what waits for what.
     """
 
     def __init__(
@@ -75,25 +67,29 @@ class AdapterArena:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         host: HostCache | None = None,
+        streams: Streams | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if torch.device(device).type != "cpu":
-            raise ConfigError(f"adapters are served on the CPU only for now, not on {device}")
+        """`streams`: the device's; for the CPU None, unless a test stands in for a device there."""
         self._manifest = manifest
         self._site_rows = manifest.site_rows
         self._host = host
         self._clock = clock
-        self._bytes = _aligned_zeros(arena_bytes)
         self._item_bytes = dtype.itemsize
-        self.weights = SlotWeights(
-            arena=torch.from_numpy(self._bytes).view(dtype),  # [elements]
-            table=torch.from_numpy(np.tile(_absent(len(manifest.sites)), (max_slots, 1, 1))),
+        device = torch.device(device)
+        if streams is None and device.type != "cpu":
+            streams = CudaStreams(device)
+        table = np.tile(absent_rows(len(manifest.sites)), (max_slots, 1, 1))
+        self._memory: ArenaMemory = (
+            HostMemory(arena_bytes, table, dtype)
+            if streams is None
+            else DeviceMemory(arena_bytes, table, dtype, device, streams)
         )
+        self.weights = self._memory.weights
         self._layouts: dict[int, _Layout] = {}  # by slot
         self._known: OrderedDict[AdapterRef, _Layout] = OrderedDict()  # the loader thread's, of images read before
         self._phases: dict[str, dict[str, float]] = {}  # by image key
         self._loader = LoaderThread("adapter-loader")
-        self._ahead = TouchAhead(self._bytes)
 
     def load(self, ref: AdapterRef, slot: int, offset_bytes: int) -> Future[None]:
         """Read the image into its region on the loader thread.
@@ -102,7 +98,8 @@ class AdapterArena:
         was compiled) or AdapterMismatch (it was compiled for another base).
         """
         asked = self._clock()
-        return self._loader.submit(lambda: self._load(ref, slot, offset_bytes, asked))
+        fence = self._memory.fence()
+        return self._loader.submit(lambda: self._load(ref, slot, offset_bytes, asked, fence))
 
     def warm(self, ref: AdapterRef) -> Future[None]:
         """Bring the image to the host tier, which there must be, on the loader thread; errors as in `load`."""
@@ -115,17 +112,16 @@ class AdapterArena:
         return self._loader.submit(read)
 
     def commit(self, ref: AdapterRef, slot: int, offset_bytes: int) -> None:
-        self._write_rows(slot, self._layouts[slot].at(offset_bytes // self._item_bytes))
+        self._memory.write_rows(slot, self._layouts[slot].at(offset_bytes // self._item_bytes))
 
     def clear(self, slot: int) -> None:
         layout = self._layouts.pop(slot, None)
         if layout is not None:
             self._phases.pop(layout.image_key, None)
-        self._write_rows(slot, _absent(len(self._manifest.sites)))
+        self._memory.write_rows(slot, absent_rows(len(self._manifest.sites)))
 
     def move(self, ref: AdapterRef, slot: int, old_offset: int, new_offset: int, nbytes: int) -> None:
-        base = self._bytes.ctypes.data
-        ctypes.memmove(base + new_offset, base + old_offset, nbytes)  # the ranges may overlap
+        self._memory.move(old_offset, new_offset, nbytes)
         self.commit(ref, slot, new_offset)
 
     def phases(self, image_key: str) -> dict[str, float]:
@@ -134,8 +130,8 @@ class AdapterArena:
 
     def check_table(self, residents: Iterable[tuple[int, AdapterRef, int]]) -> None:
         """Assert that the table has exactly the images of `residents` (AdapterSlots.residents())."""
-        table = self.weights.table.numpy()
-        expected = np.tile(_absent(table.shape[1]), (table.shape[0], 1, 1))
+        table = self.weights.table.cpu().numpy()
+        expected = np.tile(absent_rows(table.shape[1]), (table.shape[0], 1, 1))
         for slot, ref, offset in residents:
             assert self._layouts[slot].image_key == ref.image_key, f"slot {slot} has another image's layout"
             expected[slot] = self._layouts[slot].at(offset // self._item_bytes)
@@ -145,26 +141,21 @@ class AdapterArena:
     def close(self) -> None:
         """Stop the loader after the load it is in; loads behind it are cancelled."""
         self._loader.close()
-        self._ahead.close()
-
-    def _write_rows(self, slot: int, rows: Rows) -> None:
-        self.weights.table[slot].copy_(torch.from_numpy(rows))
-        self.weights.version += 1
+        self._memory.close()
 
     # --- on the loader thread ----------------------------------------------------------------------------
 
-    def _load(self, ref: AdapterRef, slot: int, offset: int, asked: float) -> None:
+    def _load(self, ref: AdapterRef, slot: int, offset: int, asked: float, fence: Event | None) -> None:
         started = self._clock()
         layout = self._layout_of(ref)
-        region = self._bytes[offset : offset + ref.data_bytes]
         headed = self._clock()
         if self._host is None:
-            read_image(ref, region)
+            self._memory.read(ref, offset, fence)
             hosted = self._clock()
         else:
-            buffer = self._host.get(ref)
+            image = self._host.get(ref)
             hosted = self._clock()
-            region[:] = np.frombuffer(buffer, dtype=np.uint8)
+            self._memory.write(image, offset, fence)
         self._layouts[slot] = layout
         self._phases[ref.image_key] = {
             "queue": started - asked,
@@ -172,7 +163,6 @@ class AdapterArena:
             "host": hosted - headed,
             "device": self._clock() - hosted,
         }
-        self._ahead.use(offset + ref.data_bytes)
 
     def _layout_of(self, ref: AdapterRef) -> _Layout:
         """The image's site table as table rows, every tensor checked to lie inside the image."""
@@ -189,7 +179,7 @@ class AdapterArena:
             reason = error.strerror or str(error)
             raise AdapterUnavailable(f"the image of adapter {ref.name} can't be read: {reason}") from error
         self._check_header(ref, header)
-        rows = _absent(len(self._manifest.sites))
+        rows = absent_rows(len(self._manifest.sites))
         for image_site in header.sites:
             row = self._site_rows.get(image_site.site)
             if row is None:
@@ -273,17 +263,3 @@ class LoaderThread:
             else:
                 future.set_result(None)
             del item, future, work  # nothing of the last load is kept while waiting for the next
-
-
-def _absent(num_rows: int) -> Rows:
-    """Table rows of a slot without any site: rank 0 and no bias."""
-    rows = np.zeros((num_rows, TABLE_COLUMNS), dtype=np.int64)
-    rows[:, BIAS_OFFSET] = -1
-    return rows
-
-
-def _aligned_zeros(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Zeroed bytes at an address that is a multiple of ALIGNMENT; pages come as they are touched."""
-    memory: npt.NDArray[np.uint8] = lazy_zeros(nbytes // ALIGNMENT * ALIGNMENT + ALIGNMENT).numpy()
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + nbytes // ALIGNMENT * ALIGNMENT]
