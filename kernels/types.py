@@ -26,8 +26,6 @@ class SlotWeights:
     arena: torch.Tensor  # [elements] in the model's dtype, one allocation
     table: torch.Tensor  # int64 [slots, site rows, 5], at a fixed address
     version: int = 0  # raised by the slots whenever a table row changes; keys backends' cached views
-    ranks: dict[int, int] = field(default_factory=dict)
-    """the largest true rank of each slot, on the host: the table may be on a device, where reading it waits"""
     scratch: dict[object, object] = field(default_factory=dict, repr=False, compare=False)
     """what a backend derives from the table and keeps between calls (views, never copies of weights);
     one entry per backend, dies with the arena"""

@@ -64,7 +64,8 @@ class HostMemory:
 
     def __init__(self, arena_bytes: int, table: npt.NDArray[np.int64], dtype: torch.dtype) -> None:
         self._bytes = _aligned_zeros(arena_bytes)
-        self.weights = SlotWeights(arena=torch.from_numpy(self._bytes).view(dtype), table=torch.from_numpy(table))
+        arena = torch.from_numpy(self._bytes).view(dtype)  # [elements]
+        self.weights = SlotWeights(arena, torch.from_numpy(table), slot_ranks=np.zeros(len(table), np.int64))
         self._ahead = TouchAhead(self._bytes)
 
     def fence(self) -> None:
@@ -112,7 +113,8 @@ class DeviceMemory:
         self._bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._scratch = torch.empty(min(SCRATCH_BYTES, num_bytes), dtype=torch.uint8, device=device)
         self._staging = [_Staging(streams.pinned(STAGING_BYTES)) for _ in range(2)]
-        self.weights = SlotWeights(arena=self._bytes.view(dtype), table=torch.from_numpy(table).to(device))
+        device_table = torch.from_numpy(table).to(device)
+        self.weights = SlotWeights(self._bytes.view(dtype), device_table, slot_ranks=np.zeros(len(table), np.int64))
 
     def fence(self) -> Event:
         return self._streams.mark()
@@ -183,7 +185,8 @@ class _Staging:
 
 
 def _note(weights: SlotWeights, slot: int, rows: Rows) -> None:
-    weights.ranks[slot] = int(rows[:, RANK].max(initial=0))
+    assert weights.slot_ranks is not None
+    weights.slot_ranks[slot] = rows[:, RANK].max(initial=0)
     weights.version += 1
 
 

@@ -153,7 +153,7 @@ class Rig:
 
     def check_tensors(self, slot: int, ref: AdapterRef) -> None:
         table, arena = self.arena.weights.table.cpu(), self.arena.weights.arena.cpu()
-        assert self.arena.weights.ranks[slot] == table[slot, :, 3].max()
+        assert self.arena.weights.slot_ranks[slot] == table[slot, :, 3].max()
         present = {lowered.site.name: lowered for lowered in self.lowered[ref.image_key]}
         for row, site in enumerate(self.manifest.sites):
             a_offset, b_offset, bias_offset, rank, stride = table[slot, row].tolist()
