@@ -27,8 +27,8 @@ class KVShape:
 class KVCache:
     """One allocation, seen as `keys[layer]` and `values[layer]`: [blocks, block_size, kv_heads, head_dim].
 
-    Block 0 is the dummy: never written, always zeros; unused entries of block tables point at it. On the
-    CPU the memory is lazy: a block costs nothing until it is first written.
+    Block 0 is the dummy, which nobody reads: unused entries of block tables point at it, and rows that pad a captured
+    graph write to it. On the CPU the memory is lazy: a block costs nothing until it is first written.
     """
 
     def __init__(
