@@ -72,7 +72,7 @@ ServedNames = Annotated[
     typer.Option("--served-model-name", help="Name(s) of the base in the API. Default: the folder's name."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)]
 MaxModelLen = Annotated[
@@ -150,7 +150,12 @@ AllowedOrigins = Annotated[
 CacheDir = Annotated[Path | None, typer.Option(help="Where compiled adapters are kept. Default: ~/.cache/multilora.")]
 Backend = Annotated[
     KernelBackend,
-    typer.Option(help="Kernels: cpu (native, built on first use), torch, or auto: cpu where there is a compiler."),
+    typer.Option(
+        help="Kernels: cpu (native, built on first use), torch, triton (NVIDIA), or auto: by device and compiler."
+    ),
+]
+EnforceEager = Annotated[
+    bool, typer.Option("--enforce-eager", help="On a GPU: capture no graphs; starts faster, decodes slower.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the model. Default: the CPU quota.", min=1, max=1024)]
 
@@ -200,6 +205,7 @@ def serve(
     cache_dir: CacheDir = None,
     threads: Threads = None,
     backend: Backend = "auto",
+    enforce_eager: EnforceEager = False,
 ) -> None:
     """Serve a base model and every adapter below --adapters; ones added while running are found on first use."""
     engine = _engine_config(
@@ -217,6 +223,8 @@ def serve(
         cache_dir=str(cache_dir or default_cache_dir()),
         threads=threads,
         backend=backend,
+        max_lora_rank=max_lora_rank,
+        enforce_eager=enforce_eager,
     )
     names = tuple(served_model_name or [Path(model).resolve().name])
     for line in explain_vllm_flags(enable_lora=enable_lora, max_cpu_loras=max_cpu_loras):
@@ -250,7 +258,6 @@ def serve(
         engine_stall_timeout_s=engine_stall_timeout,
         has_access_log=not disable_access_log,
         adapter_metrics_top=adapter_metrics_top,
-        max_lora_rank=max_lora_rank,
     )
     _run(config, adapter_examples={})
 

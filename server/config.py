@@ -14,7 +14,7 @@ from adapters_store.remote_names import NamePolicy
 from server.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-KernelBackend = Literal["auto", "cpu", "torch", "reference"]  # beside auto the names of kernels/ops.py
+KernelBackend = Literal["auto", "cpu", "torch", "triton", "reference"]  # beside auto the names of kernels/ops.py
 
 _UNITS = {"": 1} | {letter: 1000**power for power, letter in enumerate("kmgt", 1)}
 _UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("kmgt", 1)}
@@ -26,12 +26,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     dtype: Dtype = "auto"
-    device: str = "cpu"
+    device: str = "cpu"  # or cuda, cuda:N
     max_model_len: int | None = None
     max_num_seqs: int = 64  # requests in one step
     max_step_tokens: int = 512  # rows in one step: decodes plus prefill chunks
     max_adapters_per_step: int = 64
     max_loaded_adapters: int = 1024  # slots in the table; bytes are the real bound
+    max_lora_rank: int = 512  # the compiler refuses higher ones, and no graph is captured for them
     block_size: int = 16
     kv_memory: int | None = None  # bytes
     adapter_memory: int | None = None  # bytes of the device arena
@@ -41,6 +42,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     cache_dir: str = ""
     backend: KernelBackend = "auto"
+    enforce_eager: bool = False  # no graphs on a GPU
     steps_in_flight: int | None = None  # 2: one is scheduled while another runs; None: 1 on the CPU, 2 on a GPU
 
 
@@ -59,7 +61,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine_stall_timeout_s: float = 60.0
     has_access_log: bool = True
     adapter_metrics_top: int = 50  # adapters that have metrics of their own; all others have them together
-    max_lora_rank: int = 512
     adapter_sources: tuple[str, ...] = ()  # URLs, after the folders
     allow_private_sources: bool = False  # http:// and addresses of this machine or network
     source_redirect_hosts: tuple[str, ...] = ()  # further hosts that web sources may redirect to

@@ -108,7 +108,7 @@ def _open_store(
     config: ServerConfig, manifest: BaseManifest, sources: list[LocalSource | RemoteSource]
 ) -> AdapterStore:
     """The store and its catalog. ConfigError for what can't be used: a cache folder, a name given by hand."""
-    cache_dir, limits = Path(config.engine.cache_dir), Limits(max_rank=config.max_lora_rank)
+    cache_dir, limits = Path(config.engine.cache_dir), Limits(max_rank=config.engine.max_lora_rank)
     named = NamedSource(source.root for source in sources if isinstance(source, LocalSource))
     folders = _leading_folders(sources)
     others = sources[len(folders) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from kernels.types import Segments
 from server.config import EngineConfig
 from server.engine.batch import Batch
 from server.engine.build import build
+from server.engine.device import Device, open_device
 from server.engine.messages import AdapterFailed, AddRequest, RequestError, SamplingParams, TokenLogprobs
 
 
@@ -40,7 +41,14 @@ class Answer:
 class Driver:
     """A base, a folder of adapters, and an engine that moves only when told to."""
 
-    def __init__(self, base: Path, adapters: Path, cache: Path, **config: object) -> None:
+    def __init__(
+        self,
+        base: Path,
+        adapters: Path,
+        cache: Path,
+        open_device: Callable[[str], Device] = open_device,
+        **config: object,
+    ) -> None:
         fields: dict[str, object] = {
             "model": str(base),
             "cache_dir": str(cache),
@@ -49,7 +57,7 @@ class Driver:
             "adapter_memory": 256 << 20,
             **config,
         }
-        self.core = build(EngineConfig(**fields))
+        self.core = build(EngineConfig(**fields), open_device=open_device)
         self.manifest = read_manifest(Path(self.core.ready.manifest_path))
         self.answers: dict[str, Answer] = {}
         self.max_distinct_adapters = 0

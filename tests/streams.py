@@ -57,6 +57,7 @@ class RecordedStreams:
         self._open: list[Work] = []  # what the host hasn't waited for
         self._known = 0  # bit set of what it has
         self._count = 0
+        self._pinned: list[Extent] = []
 
     # --- what the arena calls ----------------------------------------------------------------------------
 
@@ -72,13 +73,20 @@ class RecordedStreams:
         self.give("step", "upload", lambda: target.copy_(taken), [], [extent(target)])
 
     def copy_beside(self, target: torch.Tensor, source: torch.Tensor, after: RecordedEvent) -> RecordedEvent:
+        assert self.is_pinned(source), "a copy that the host has to make"
         needs = [] if after.work is None else [after.work]
         run = lambda: target.copy_(source)  # noqa: E731
         work = self.give("beside", "load", run, [extent(source)], [extent(target)], needs)
         return RecordedEvent(self, work)
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        return torch.full((num_bytes,), 0xEE, dtype=torch.uint8)
+        memory = torch.full((num_bytes,), 0xEE, dtype=torch.uint8)
+        self._pinned.append(extent(memory))
+        return memory
+
+    def is_pinned(self, memory: torch.Tensor) -> bool:
+        low, high = extent(memory)
+        return any(start <= low and high <= end for start, end in self._pinned)
 
     # --- what tests call ---------------------------------------------------------------------------------
 
@@ -120,6 +128,11 @@ class RecordedStreams:
             self._run(work)
             self._known |= work.before | 1 << work.number
             self._open = [other for other in self._open if not self._known >> other.number & 1]
+
+    def force(self, work: Work) -> None:
+        """A piece of work and what comes before it happen now; the host doesn't know."""
+        with self._lock:
+            self._run(work)
 
     def drain(self) -> None:
         """The host waits for everything."""

@@ -93,7 +93,8 @@ class HostMemory:
 
 
 class DeviceMemory:
-    """A device's: images come through two pinned buffers beside the steps, all else goes in the steps' stream.
+    """A device's: images come beside the steps, through two pinned buffers unless they are in pinned memory already;
+    all else goes in the steps' stream.
 
     A load waits for what was dispatched when it was asked for. By the slots' books nothing of that reads its region
     (refs go when their last step is collected), but a move may still read or write there. The loader returns when
@@ -126,6 +127,11 @@ class DeviceMemory:
 
     def write(self, image: Buffer, offset: int, fence: Event | None) -> None:
         source = np.frombuffer(image, dtype=np.uint8)
+        pinned = torch.from_numpy(source) if source.flags.writeable else None
+        if pinned is not None and self._streams.is_pinned(pinned):
+            assert fence is not None, "a load waits for what came before it"
+            self._streams.copy_beside(self._bytes[offset : offset + len(source)], pinned, fence).synchronize()
+            return
 
         def fill(part: npt.NDArray[np.uint8], start: int) -> None:
             part[:] = source[start : start + len(part)]

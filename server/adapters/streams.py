@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.memory import lazy_zeros
+
 
 class Event(Protocol):
     """A point in a stream."""
@@ -39,7 +41,10 @@ class Streams(Protocol):
         """Copy `source`, pinned, to the device beside the steps, behind `after`; the event is its end."""
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        """uint8 [num_bytes] of host memory that the device copies from by itself."""
+        """uint8 [num_bytes] of host memory that the device copies from by itself; to be called at start."""
+
+    def is_pinned(self, memory: torch.Tensor) -> bool:
+        """Whether all of a host tensor is such memory."""
 
 
 class CudaStreams:
@@ -71,4 +76,10 @@ class CudaStreams:
         return waited
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        memory = lazy_zeros(num_bytes)  # torch's own pinned memory comes in powers of two
+        if num_bytes:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+        return memory
+
+    def is_pinned(self, memory: torch.Tensor) -> bool:
+        return bool(memory.is_pinned())

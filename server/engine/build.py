@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -15,27 +14,28 @@ from adapters_store.manifest import BaseManifest, write_manifest
 from kernels.ops import DEFAULT_BACKEND, Backend, backends, get_backend
 from server.adapters.arena import AdapterArena
 from server.adapters.layer import StepState
+from server.adapters.pinned import PinnedPool
 from server.adapters.slots import AdapterSlots, SlotDevice
 from server.config import EngineConfig, available_cpus, available_memory, default_cache_dir, format_bytes
 from server.engine.batch import BatchBuilder
 from server.engine.blocks import BlockPool
 from server.engine.core import EngineCore
+from server.engine.device import Device, open_device
 from server.engine.limits import SchedulerLimits
 from server.engine.messages import EngineReady
 from server.engine.scheduler import Scheduler
+from server.engine.sizing import Memory, size_memory
 from server.errors import ConfigError
-from server.model.forward import forward_of
+from server.model.forward import Forward, forward_of
+from server.model.graphs import GraphForward, GraphShape
 from server.model.kv import KVCache
 from server.model.loader import LoadedBase, load_base
 from server.model.manifest import build_manifest
 from server.model.runner import ModelRunner
 from server.model.surgery import adapt
+from server.model.warmup import warm_up
 
 logger = logging.getLogger(__name__)
-
-# Shares of what is free after the weights are loaded, and the most that is taken unasked.
-KV_SHARE, MAX_KV_BYTES = 4, 4 << 30
-ADAPTER_SHARE, MAX_ADAPTER_BYTES = 8, 2 << 30
 
 MIXED_PREFILL_SHARE = 8  # of a step's rows, for prompts while others decode: smaller chunks read an adapter more often
 MAX_PROMPT_LOGITS = 1 << 25  # elements: prompt logprobs may add so many logits to a step (64 MiB in bf16)
@@ -46,19 +46,25 @@ def build_core(config_json: bytes) -> EngineCore:
     return build(msgspec.json.decode(config_json, type=EngineConfig))
 
 
-def build(config: EngineConfig, *, device_of: Callable[[AdapterArena], SlotDevice] = lambda arena: arena) -> EngineCore:
+def build(
+    config: EngineConfig,
+    *,
+    device_of: Callable[[AdapterArena], SlotDevice] = lambda arena: arena,
+    open_device: Callable[[str], Device] = open_device,
+) -> EngineCore:
     """Load the base, size the memory, wire the parts. Raises ConfigError and ModelUnsupported.
 
     `device_of`: for measurements, what the slots see in place of the arena, such as one whose loads take longer.
+    `open_device`: for tests, what gives the device by its name.
     """
     torch.set_num_threads(config.threads or available_cpus())
-    _check_device(config.device)
-    backend = _backend(config)
+    device = open_device(config.device)
+    backend_name, backend = _backend(config)
     manifest, manifest_path = _manifest(config)
-    base = load_base(config.model, config.dtype, config.device, config.max_model_len)
-    memory = _size_memory(config, base)
+    base = load_base(config.model, config.dtype, str(device.where), config.max_model_len)
+    memory = size_memory(config, _free_bytes(base), base.kv_shape.bytes_per_block(config.block_size, base.dtype))
     max_slots = config.max_loaded_adapters + 1  # slot 0 is the base's
-    host = HostCache(config.host_memory) if config.host_memory else None
+    host = _host_tier(config, device)
     arena = AdapterArena(
         manifest,
         arena_bytes=memory.adapter_bytes,
@@ -66,14 +72,20 @@ def build(config: EngineConfig, *, device_of: Callable[[AdapterArena], SlotDevic
         dtype=base.dtype,
         device=base.device,
         host=host,
+        streams=device.streams,
     )
     step = StepState(weights=arena.weights, ops=backend)
     adapt(base.model, manifest, step)
+    if device.where.type == "cuda":
+        torch.cuda.empty_cache()  # the unpacked projections' memory, in pieces that the KV cache could not use
     slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=max_slots, device=device_of(arena))
     kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
     limits = _limits(config, base, manifest)
+    forward = forward_of(base, manifest, step, kv, backend, config.max_step_tokens)
+    if backend_name == "triton":
+        forward = _made_ready(forward, config, base, manifest, step, device)
     runner = ModelRunner(
-        forward_of(base, manifest, step, kv, backend, config.max_step_tokens),
+        forward,
         step,
         eos_token_ids=base.eos_token_ids,
         block_size=config.block_size,
@@ -85,7 +97,7 @@ def build(config: EngineConfig, *, device_of: Callable[[AdapterArena], SlotDevic
     )
     blocks = BlockPool(memory.num_blocks, config.block_size, has_prefix_cache=config.enable_prefix_cache)
     return EngineCore(
-        ready=_ready(config, base, manifest, manifest_path, memory),
+        ready=_ready(config, base, manifest, manifest_path, memory, device),
         scheduler=Scheduler(limits, blocks, slots),
         batches=BatchBuilder(
             max_rows=config.max_step_tokens,
@@ -103,15 +115,6 @@ def build(config: EngineConfig, *, device_of: Callable[[AdapterArena], SlotDevic
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """What the memory flags came to."""
-
-    num_blocks: int  # the dummy included
-    kv_bytes: int
-    adapter_bytes: int
-
-
 def _manifest(config: EngineConfig) -> tuple[BaseManifest, Path]:
     """The base's manifest, and the file of it that the compiler worker reads."""
     cache = Path(config.cache_dir or default_cache_dir())
@@ -123,41 +126,51 @@ def _manifest(config: EngineConfig) -> tuple[BaseManifest, Path]:
     return manifest, path
 
 
-def _backend(config: EngineConfig) -> Backend:
-    """The one asked for; unasked, the native kernels where this machine has them."""
+def _backend(config: EngineConfig) -> tuple[str, Backend]:
+    """The one asked for; unasked, the native kernels of the device where this machine has them. Its name before it."""
     name: str = config.backend
+    if name == "cpu" and config.device != "cpu":
+        raise ConfigError(f"--backend cpu does not run on --device {config.device}; leave it out, or use triton")
     try:
-        if name == "auto":
-            name = "cpu" if config.device == "cpu" and "cpu" in backends() else DEFAULT_BACKEND
-        return get_backend(name)
+        if name == "auto" and config.device != "cpu":
+            name = "triton"
+        elif name == "auto":
+            name = "cpu" if "cpu" in backends() else DEFAULT_BACKEND
+        return name, get_backend(name)
     except ValueError as error:
         raise ConfigError(f"--backend {name}: {error}") from None
 
 
-def _check_device(device: str) -> None:
-    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise ConfigError(f"--device {device}: this torch build and machine have no such device; use cpu")
+def _host_tier(config: EngineConfig, device: Device) -> HostCache | None:
+    if not config.host_memory:
+        return None
+    if device.streams is None:
+        return HostCache(config.host_memory)
+    return HostCache(config.host_memory, PinnedPool(device.streams.pinned(config.host_memory)).allocate)
 
 
-def _size_memory(config: EngineConfig, base: LoadedBase) -> _Memory:
-    """KV blocks and arena bytes: as asked, or a share of what is free now that the weights are loaded."""
-    free = available_memory() if base.device.type == "cpu" else torch.cuda.mem_get_info(base.device)[0]
-    kv_bytes = min(free // KV_SHARE, MAX_KV_BYTES) if config.kv_memory is None else config.kv_memory
-    block_bytes = base.kv_shape.bytes_per_block(config.block_size, base.dtype)
-    num_blocks = kv_bytes // block_bytes
-    asked = {"--kv-memory": config.kv_memory, "--adapter-memory": config.adapter_memory}
-    for flag, num_bytes in asked.items():
-        if num_bytes is not None and num_bytes > free:
-            raise ConfigError(f"{flag} {format_bytes(num_bytes)}: only {format_bytes(free)} are free on {base.device}")
-    if num_blocks < 2:
-        raise ConfigError(
-            f"--kv-memory {format_bytes(kv_bytes)} holds {num_blocks} KV blocks of {format_bytes(block_bytes)}; "
-            "at least 2 are needed (one stays empty)"
-        )
-    adapter_bytes = config.adapter_memory
-    if adapter_bytes is None:
-        adapter_bytes = min(free // ADAPTER_SHARE, MAX_ADAPTER_BYTES)
-    return _Memory(num_blocks, num_blocks * block_bytes, adapter_bytes)
+def _free_bytes(base: LoadedBase) -> int:
+    """What is free now that the weights are loaded."""
+    return available_memory() if base.device.type == "cpu" else int(torch.cuda.mem_get_info(base.device)[0])
+
+
+def _made_ready(
+    forward: Forward, config: EngineConfig, base: LoadedBase, manifest: BaseManifest, step: StepState, device: Device
+) -> Forward:
+    """Where the device has graphs: the forward pass with its kernels compiled and its decode steps captured."""
+    if device.new_graph is None:
+        return forward
+    shape = GraphShape(
+        max_num_seqs=config.max_num_seqs,
+        max_rank=config.max_lora_rank,
+        max_blocks=-(-base.max_model_len // config.block_size),
+        block_size=config.block_size,
+        vocab_size=manifest.vocab_size,
+        dtype=base.dtype,
+        device=base.device,
+    )
+    warm_up(forward, step, shape, config.max_step_tokens)
+    return forward if config.enforce_eager else GraphForward(forward, step, shape, device.new_graph)
 
 
 def _limits(config: EngineConfig, base: LoadedBase, manifest: BaseManifest) -> SchedulerLimits:
@@ -176,7 +189,12 @@ def _limits(config: EngineConfig, base: LoadedBase, manifest: BaseManifest) -> S
 
 
 def _ready(
-    config: EngineConfig, base: LoadedBase, manifest: BaseManifest, manifest_path: Path, memory: _Memory
+    config: EngineConfig,
+    base: LoadedBase,
+    manifest: BaseManifest,
+    manifest_path: Path,
+    memory: Memory,
+    device: Device,
 ) -> EngineReady:
     """What was resolved, for the API process and the start banner."""
     tokens_in_flight = (memory.num_blocks - 1) * config.block_size
@@ -186,6 +204,7 @@ def _ready(
             "base",
             f"{config.model} ({manifest.model_type}, {manifest.dtype}, {format_bytes(base.weights_bytes)})",
         ),
+        *device.facts,
         ("context", f"{base.max_model_len} tokens"),
         (
             "KV cache",

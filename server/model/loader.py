@@ -51,7 +51,7 @@ def load_base(
     kv_shape, reasons = probe(config, run_dtype)
     if kv_shape is None:
         raise unsupported(path, reasons)
-    model = _load_weights(path, run_dtype).to(device)
+    model = _load_weights(path, run_dtype, torch.device(device))
     return LoadedBase(
         model=model,
         config=config,
@@ -85,8 +85,8 @@ def _resolve_max_model_len(path: Path, config: PreTrainedConfig, asked: int | No
     return own if asked is None else asked
 
 
-def _load_weights(path: Path, dtype: torch.dtype) -> nn.Module:
-    """The model on the CPU, its weights in our own memory, each read once."""
+def _load_weights(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model on `device`, its weights in our own memory, each read once."""
     register_attention()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -110,12 +110,14 @@ def _load_weights(path: Path, dtype: torch.dtype) -> nn.Module:
         raise unsupported(path, reasons)
     if info["unexpected_keys"]:
         logger.warning("%s: weights that the model does not use: %s", path, sorted(info["unexpected_keys"]))
-    _own_weights(model)
-    return model.eval()
+    model.requires_grad_(False)
+    return _out_of_files(model, device).eval()
 
 
-def _own_weights(model: nn.Module) -> None:
+def _out_of_files(model: nn.Module, device: torch.device) -> nn.Module:
     """Copy the weights out of the mapped files: one that is replaced while serving must change nothing."""
+    if device.type != "cpu":
+        return model.to(device)
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return model

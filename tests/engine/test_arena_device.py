@@ -16,8 +16,10 @@ from adapters_store.host import HostCache
 from adapters_store.ref import AdapterRef
 from server.adapters import memory
 from server.adapters.memory import DeviceMemory, absent_rows
+from server.adapters.pinned import PinnedPool
 from server.adapters.regions import ALIGNMENT
 from server.adapters.slots import Acquire
+from server.adapters.streams import CudaStreams
 from tests.engine.test_arena import ABSENT, DTYPES, Rig, compile_image, damage, make_manifest
 from tests.streams import RecordedStreams, Work, extent
 
@@ -32,9 +34,9 @@ def _small_buffers(monkeypatch):
 class DeviceRig(Rig):
     """A Rig whose arena believes in streams; steps are dispatched here and collected when the test says so."""
 
-    def __init__(self, folder: Path, **options):
+    def __init__(self, folder: Path, host: str = "straight", host_bytes: int = 0, **options):
         self.streams = RecordedStreams()
-        super().__init__(folder, streams=self.streams, **options)
+        super().__init__(folder, streams=self.streams, host=host_tier(host, self.streams, host_bytes), **options)
 
     def step(self, *slots: int) -> Work:
         """Dispatch a step that reads these slots: it must find their images whole, at the time when it runs."""
@@ -59,15 +61,22 @@ class DeviceRig(Rig):
         super().check()
 
 
-@pytest.mark.parametrize("has_host", [False, True], ids=["straight", "host"])
+def host_tier(kind: str, streams: RecordedStreams, num_bytes: int) -> HostCache | None:
+    if kind == "straight":
+        return None
+    return HostCache(num_bytes, *([PinnedPool(streams.pinned(num_bytes)).allocate] if kind == "pinned" else []))
+
+
+@pytest.mark.parametrize("host", ["straight", "pageable", "pinned"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_tensor_is_where_the_table_says(tmp_path, dtype, has_host):
-    rig = DeviceRig(tmp_path, dtype=dtype, host=HostCache(1 << 20) if has_host else None)
+def test_every_tensor_is_where_the_table_says(tmp_path, dtype, host):
+    rig = DeviceRig(tmp_path, dtype=dtype, host=host, host_bytes=1 << 20)
     for seed in range(1, 6):
         rig.hold(rig.image(seed))
     rig.check()
     assert rig.slots.resident == 5
-    assert rig.streams.given.count("load") > 15, "no image went in several parts"
+    num_copies = rig.streams.given.count("load")
+    assert num_copies == 5 if host == "pinned" else num_copies > 15, "in one piece, or in parts of the buffers' size"
 
 
 def test_ranks_are_known_on_the_host(tmp_path):
@@ -162,11 +171,11 @@ def test_a_load_that_fails_leaves_no_copy_behind(tmp_path, monkeypatch, damaged)
     rig.check()
 
 
-@pytest.mark.parametrize("has_host", [False, True], ids=["straight", "host"])
-def test_random_loads_moves_and_evictions_between_steps_in_flight(tmp_path, has_host):
+@pytest.mark.parametrize("host", ["straight", "pageable", "pinned"])
+def test_random_loads_moves_and_evictions_between_steps_in_flight(tmp_path, host):
     """Two steps in flight; a ref goes when the last step that used it was collected, as the scheduler has it."""
     rng = random.Random(11)
-    rig = DeviceRig(tmp_path, arena_bytes=64 * 1024, host=HostCache(64 * 1024) if has_host else None)
+    rig = DeviceRig(tmp_path, arena_bytes=64 * 1024, host=host, host_bytes=64 * 1024)
     refs = [rig.image(seed) for seed in range(1, 13)]
     held: list[int] = []
     ending: list[tuple[int, int]] = []  # (slot, the step after which it goes)
@@ -194,6 +203,23 @@ def test_random_loads_moves_and_evictions_between_steps_in_flight(tmp_path, has_
     assert rig.slots.loads > 20 and rig.slots.evictions > 5 and not rig.streams.races
 
 
+def test_the_pools_buffers(tmp_path):
+    """Distinct ranges, free when let go of and not before; plain memory when there is no room."""
+    streams = RecordedStreams()
+    pool = PinnedPool(streams.pinned(8 * ALIGNMENT))
+    first, second = pool.allocate(3 * ALIGNMENT - 5), pool.allocate(5 * ALIGNMENT)
+    first[:], second[:] = 1, 2
+    assert len(first) == 3 * ALIGNMENT - 5 and first.max() == 1
+    assert all(streams.is_pinned(torch.from_numpy(buffer)) for buffer in (first, second))
+    view = memoryview(first)
+    del first
+    third = pool.allocate(ALIGNMENT)
+    assert not streams.is_pinned(torch.from_numpy(third)) and view[0] == 1, "it is still referred to"
+    del view
+    fourth = pool.allocate(2 * ALIGNMENT)
+    assert streams.is_pinned(torch.from_numpy(fourth)) and second.min() == 2
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_moves_onto_themselves(seed):
     rng = np.random.default_rng(seed)
@@ -213,11 +239,12 @@ def test_moves_onto_themselves(seed):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="runs where torch sees an NVIDIA GPU")
-@pytest.mark.parametrize("has_host", [False, True], ids=["straight", "host"])
-def test_on_a_gpu(tmp_path, has_host):
+@pytest.mark.parametrize("host", ["straight", "pageable", "pinned"])
+def test_on_a_gpu(tmp_path, host):
     """Real streams under a device kept busy: bytes, table and moves, after random comings and goings."""
     rng = random.Random(3)
-    rig = Rig(tmp_path, arena_bytes=64 * 1024, host=HostCache(64 * 1024) if has_host else None, device="cuda")
+    tier = host_tier(host, CudaStreams(torch.device("cuda")), 64 * 1024)
+    rig = Rig(tmp_path, arena_bytes=64 * 1024, host=tier, device="cuda")
     refs = [rig.image(seed) for seed in range(1, 13)]
     work = torch.randn(2048, 2048, device="cuda")
     for _ in range(300):

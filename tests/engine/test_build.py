@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import get_args
 
+import msgspec
 import pytest
+import torch
 
 import kernels.cpu
 from kernels import ops
 from server.config import EngineConfig, KernelBackend
 from server.engine.build import build
+from server.engine.device import Device, open_device
 from server.errors import ConfigError
+from tests.device import StandIn
+from tests.zoo import tiny_base
 
 
 def test_the_command_line_has_every_backend_and_auto():
@@ -23,3 +28,65 @@ def test_a_level_that_there_is_not_is_refused_before_the_base_is_looked_at(monke
     monkeypatch.setenv("MULTILORA_CPU_KERNELS", "bogus")
     with pytest.raises(ConfigError, match="MULTILORA_CPU_KERNELS: unknown level 'bogus'"):
         build(EngineConfig(model=str(tmp_path / "none"), threads=1, backend=backend))
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "cpu:0", "mps", ""])
+def test_devices_that_there_are_not(name):
+    with pytest.raises(ConfigError, match=r"there are cpu, cuda and cuda:N"):
+        open_device(name)
+
+
+def test_why_a_gpu_can_not_be_used(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(ConfigError, match=r"--device cuda: this build of torch \(.*\) has no CUDA; .*--device cpu"):
+        open_device("cuda")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no NVIDIA device, or no driver"):
+        open_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="cuda:2: there are 2 CUDA devices"):
+        open_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    with pytest.raises(ConfigError, match=r"Tesla T4 has compute capability 7.5, 8.0 is needed"):
+        open_device("cuda:1")
+
+
+def test_a_device_that_there_is_not_is_refused_before_the_base_is_looked_at(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(ConfigError, match="--device cuda"):
+        build(EngineConfig(model=str(tmp_path / "none"), device="cuda", threads=1))
+
+
+def test_backends_that_a_gpu_does_not_run(monkeypatch, tmp_path):
+    def on_gpu(name: str) -> Device:
+        return Device(torch.device(name))
+
+    config = EngineConfig(model=str(tmp_path / "none"), device="cuda:0", threads=1)
+    with pytest.raises(ConfigError, match="--backend cpu does not run on --device cuda:0"):
+        build(msgspec.structs.replace(config, backend="cpu"), open_device=on_gpu)
+    monkeypatch.setattr(ops, "_is_available", lambda name: name != "triton")
+    with pytest.raises(ConfigError, match="--backend triton: "):
+        build(config, open_device=on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_graphs"),
+    [
+        ({"backend": "triton"}, 3 * 3),  # 1, 2 and 4 rows; none, 16 and 64
+        ({"backend": "triton", "max_lora_rank": 8}, 3 * 2),
+        ({"backend": "triton", "enforce_eager": True}, 0),
+        ({"backend": "torch"}, 0),
+    ],
+)
+def test_what_is_captured_at_start(monkeypatch, tmp_path, options, num_graphs):
+    device = StandIn(monkeypatch)
+    fields = {"max_num_seqs": 4, "max_step_tokens": 8, "max_lora_rank": 64, "kv_memory": 1 << 20, **options}
+    base = tiny_base(tmp_path / "base", "llama", num_hidden_layers=1)
+    config = EngineConfig(model=str(base), cache_dir=str(tmp_path), adapter_memory=1 << 20, threads=1, **fields)
+    core = build(config, open_device=device.open)
+    assert len(device.graphs) == num_graphs and all(graph.calls for graph in device.graphs)
+    core.check_integrity()
+    core.close()

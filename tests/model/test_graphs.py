@@ -132,7 +132,7 @@ GRAPHED = {name: CERTIFIED[name] for name in ("llama", "gemma3", "qwen3", "phi3"
 def test_answers_are_those_of_merged_weights(name: str, device: str, tmp_path: Path) -> None:
     """Requests of several adapters arrive and end one by one: steps of one to twelve rows, every token checked."""
     path = build(tmp_path, *GRAPHED[name])
-    served = serve_graphed(path, device)
+    served = serve_graphed(path, device, max_seqs=12, max_rank=16)
     deltas = fill_in_place(served)
     slots = (0, 1, 2, 1, 0, 2, 2, 1, 0, 0, 1, 2)
     prompts = random_prompts(len(slots), 320, seed=4, lengths=(2, 25))
@@ -272,3 +272,17 @@ def test_what_no_graph_is_for_runs_eagerly(tmp_path: Path) -> None:
     assert served.replays == 0
     world.step([(n, 0, 3) for n in range(MAX_SEQS)])
     assert served.replays == 1
+
+
+def test_a_prompt_whose_rows_all_reach_the_head_is_no_decode_step(tmp_path: Path) -> None:
+    served = serve_graphed(tiny_base(tmp_path, "llama"))
+    request = greedy([5, 9, 200, 31], "r", 1)
+    request.blocks = [1]
+    item = ScheduledRequest(request, 0, 4, samples=True, logprob_positions=range(3))
+    batch = make_batch([item])
+    assert len(batch.head_rows) == batch.num_rows == 4
+    logits = served.runner.logits(batch)
+    with torch.inference_mode():
+        expected = load_oracle_base(tmp_path)(torch.tensor([request.token_ids])).logits[0]
+    torch.testing.assert_close(logits, expected[[3, 0, 1, 2]], atol=2e-3, rtol=2e-3)
+    assert served.replays == 0

@@ -109,7 +109,7 @@ def test_flags_are_mapped(serve):
         *("--preload", "a,b", "--pin", "b", "--pin", "c", "--host", "0.0.0.0", "--allow-runtime-loading"),
     )
     assert config is not None, output
-    assert (config.engine.max_adapters_per_step, config.max_lora_rank) == (7, 32)
+    assert (config.engine.max_adapters_per_step, config.engine.max_lora_rank) == (7, 32)
     assert config.lora_modules == (("a", "x"), ("b", "y"))
     assert (config.preload, config.pin, config.may_load_adapters) == (("a", "b"), ("b", "c"), True)
     assert "max-cpu-loras" not in output
