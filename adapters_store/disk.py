@@ -73,7 +73,7 @@ class DiskImages:
         self._residents = self._lru.residents
         self._refs: dict[str, AdapterRef] = {}
         self._versions = VersionBook()
-        self._sweep_temporaries()
+        self._sweep_temporaries(are_ours=quota_bytes is not None)
         self._load_images()
         self._load_index()
 
@@ -163,11 +163,11 @@ class DiskImages:
 
     # --- the folder at start ---
 
-    def _sweep_temporaries(self) -> None:
+    def _sweep_temporaries(self, *, are_ours: bool) -> None:
         """Delete what a crash left half-written; not what another process may be writing now."""
-        for path in self.images_dir.glob(".*.tmp"):
+        for path in (*self.images_dir.glob(".*.tmp"), *self._index_dir.glob(".*.tmp")):
             with contextlib.suppress(FileNotFoundError):
-                if self._clock() - path.stat().st_mtime > STALE_TEMPORARY_S:
+                if are_ours or self._clock() - path.stat().st_mtime > STALE_TEMPORARY_S:
                     path.unlink()
 
     def _load_images(self) -> None:

@@ -127,8 +127,9 @@ def write_image(
     digest: str,
     compiler_version: int,
     warnings: tuple[str, ...] = (),
+    temporary: str | None = None,
 ) -> ImageHeader:
-    """Write the image of `sites`, in manifest order, to `path`: to a temporary file, then a rename."""
+    """Write the image of `sites`, in manifest order, to `path`: to a file beside it, `temporary`, then a rename."""
     stored = STORED_AS[manifest.dtype]
     layout = _lay_out(sites, stored)
     data = _fill(layout, sites, stored)
@@ -143,16 +144,16 @@ def write_image(
         warnings=warnings,
     )
     header = _encode_header(layout, table)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    unfinished = path.with_name(temporary or f".{uuid.uuid4().hex}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             _write_all(file.fileno(), header)
             _write_all(file.fileno(), data)
-        temporary.rename(path)
+        unfinished.rename(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+            unfinished.unlink()
         raise
     return ImageHeader(table, len(header), layout.data_bytes)
 

@@ -127,11 +127,13 @@ class CompileWorker:
                 reply = _REPLY.decode(await process.stdout.readexactly(length))
         except TimeoutError:
             await self._kill()
+            _clear(job)
             raise AdapterUnavailable(
                 f"compiling adapter {job.version.name} took longer than {self._timeout_s:g} s"
             ) from None
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             code = await process.wait()
+            _clear(job)
             log.warning("the compiler process ended (exit status %s) over adapter %s", code, job.version.name)
             raise AdapterUnavailable(
                 f"the compiler process ended (exit status {code}) over adapter {job.version.name}; try again"
@@ -157,6 +159,12 @@ class CompileWorker:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+
+
+def _clear(job: Job) -> None:
+    """Take away what a child that has ended left of a job; its disk may be short of room."""
+    if isinstance(job, CompileJob):
+        job.delete_temporary()
 
 
 def _retrieve(task: asyncio.Task[CompileResult | AdapterReport]) -> None:

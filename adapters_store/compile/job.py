@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +44,13 @@ class CompileJob(msgspec.Struct, frozen=True, tag=True):
     limits: Limits
     folder: str | None = None
     """where a remote adapter's files are, as fetched; None: the version's own folder"""
+    temporary: str = msgspec.field(default_factory=lambda: f".{uuid.uuid4().hex}.tmp")
+    """what the image is called while it is written: who sent the job deletes it where the compiler dies over it"""
+
+    def delete_temporary(self) -> None:
+        """Delete what a compiler that died has left of this job."""
+        with contextlib.suppress(OSError):
+            (Path(self.images_dir) / self.temporary).unlink()
 
 
 class CompileResult(msgspec.Struct, frozen=True, tag=True):
@@ -158,6 +167,7 @@ def _compile(
         digest=fetched.digest,
         compiler_version=COMPILER_VERSION,
         warnings=(*compiled.warnings, *(f"dropped {dropped}" for dropped in compiled.dropped)),
+        temporary=job.temporary,
     )
     return header, path, True
 

@@ -184,12 +184,17 @@ def test_who_evicts_is_alone_in_the_folder(tmp_path):
 
 
 def test_what_a_crash_left_half_written_is_swept(tmp_path):
-    images = DiskImages(tmp_path).images_dir
+    disk = DiskImages(tmp_path)
+    images = disk.images_dir
+    disk.close()
     for name in (".a.tmp", ".b.tmp"):
         (images / name).write_bytes(b"x")
     os.utime(images / ".a.tmp", (0, 0))
-    DiskImages(tmp_path)
+    DiskImages(tmp_path).close()
     assert [path.name for path in images.iterdir()] == [".b.tmp"]  # that one may still be written
+    (tmp_path / "index" / "default" / ".c.tmp").write_bytes(b"x")
+    DiskImages(tmp_path, 1000)
+    assert not list(tmp_path.rglob(".*.tmp"))  # who is alone knows that nobody writes
 
 
 class DiskMachine(RuleBasedStateMachine):

@@ -38,6 +38,7 @@ from adapters_store.manifest import write_manifest
 from adapters_store.sources.local import LocalSource
 from adapters_store.store import AdapterStore
 from adapters_store.worker import NICENESS, CompileWorker
+from loadtest.adapters import write_random_adapter
 from tests.store.bases import peft_model
 from tests.store.images import Image, worst_error
 
@@ -443,6 +444,28 @@ async def test_a_killed_compiler_costs_one_job_and_is_started_anew(store, root):
     assert (await ensured(store)).name == "fr"
     assert (await ensured(store, "other")).name == "other"
     assert store.worker.pid not in (None, first)
+
+
+async def test_a_compiler_killed_over_a_write_leaves_no_half_image(store, root, base):
+    """It may be as large as any image, and who is killed for memory is killed again and again."""
+
+    def kill(pid: int) -> None:
+        while not task.done():
+            if any(store.disk.images_dir.glob(".*.tmp")):
+                os.kill(pid, signal.SIGKILL)
+                return
+
+    for seed in range(20):  # until one kill was in time
+        write_random_adapter(root / "fr", base.manifest, 512, seed=seed)
+        task = asyncio.create_task(ensured(store))
+        await asyncio.to_thread(kill, store.worker.pid)
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        if isinstance(outcome, AdapterUnavailable):
+            break
+    assert isinstance(outcome, AdapterUnavailable)
+    assert not list(store.disk.images_dir.glob(".*"))
+    await ensured(store)
+    assert len(list(store.disk.images_dir.iterdir())) == store.disk.num_images
 
 
 async def test_a_compiler_that_died_idle_is_started_anew(store, root):
