@@ -150,10 +150,12 @@ class DiskImages:
         for version in resident.versions if resident else ():
             self._refs.pop(version, None)
             self._versions.discard(version)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 self._entry_path(version).unlink()
-        with contextlib.suppress(FileNotFoundError):
-            self.image_path(image_key).unlink()
+        try:
+            self.image_path(image_key).unlink(missing_ok=True)
+        except OSError as error:  # a disk that has become read-only: the image is not used all the same
+            log.warning("image %s can't be deleted: %s", image_key, error)
 
     def close(self) -> None:
         """Let another process have the folder. Closing twice is fine."""

@@ -206,8 +206,13 @@ class RawFiles:
         self._versions.discard(version_key)
         # out of the way by one rename: whoever looks meanwhile finds all of it or nothing
         gone = self._dir / f".{uuid.uuid4().hex}.tmp"
-        with contextlib.suppress(FileNotFoundError):
+        try:
             self.folder_of(version_key).rename(gone)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # a disk that has become read-only: the entry is not used all the same
+            log.warning("raw entry %s can't be deleted: %s", version_key, error)
+        else:
             self._remove(gone)
 
     def _put(self, version: SourceVersion, key: str, used_at: float) -> None:

@@ -120,6 +120,16 @@ def test_a_damaged_image_is_dropped(damage, is_restarted, tmp_path, template):
     assert disk.find("version-a") is not None
 
 
+def test_a_damaged_image_that_cant_be_deleted_is_not_used(tmp_path, template):
+    """A folder in its place stands for a disk that has become read-only."""
+    disk = DiskImages(tmp_path)
+    disk.adopt(compiled(disk, template, "a"))
+    disk.image_path("a").unlink()
+    disk.image_path("a").mkdir()
+    assert disk.find("version-a") is None
+    assert disk.num_images == disk.bytes_used == 0
+
+
 def test_the_least_recently_used_goes_but_not_what_is_leased(tmp_path, template):
     size = template.stat().st_size
     disk = DiskImages(tmp_path, 3 * size, grace_s=0, clock=Clock())

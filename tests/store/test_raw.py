@@ -249,6 +249,19 @@ def test_an_entry_that_goes_while_it_is_looked_at_at_start(tmp_path, monkeypatch
     assert RawFiles(tmp_path).num_entries == 0
 
 
+def test_a_damaged_entry_that_cant_be_deleted_is_not_used(tmp_path, monkeypatch):
+    raw = RawFiles(tmp_path)
+    version = bring(raw, "a")
+    (raw.folder_of(version.key) / "adapter_config.json").unlink()
+
+    def refused(path: Path, target: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    assert not raw.find(version)
+    assert raw.num_entries == raw.bytes_used == 0
+
+
 def test_what_is_over_the_quota_alone_is_refused(tmp_path):
     for quota, is_refused in ((NUM_BYTES - 1, True), (NUM_BYTES, False), (0, False), (None, False)):
         raw = RawFiles(tmp_path, quota)
