@@ -141,8 +141,9 @@ class AdapterNames:
         async with self._lock(name):
             self._check_giver(name, "hand")
             self.failed.pop(name, None)
-            version = await self._find(name)
-            if version is None and not self._catalog.is_given(name):
+            is_given = self._catalog.is_given(name)  # then it can be taken while its source can't be asked
+            version = await (self._given(name) if is_given else self._find(name))
+            if version is None and not is_given:
                 raise AdapterNotFound(f"The model '{shown(name)}' does not exist.")
             self._catalog.remove(name)
             self._let_go(name, version)

@@ -373,6 +373,20 @@ async def test_reload_finds_what_has_gone_and_what_has_come(served, far):
     assert (await ask(served, "GET", "/far")).status_code == 200
 
 
+async def test_a_given_name_can_be_taken_while_its_source_cant_be_asked(served, tmp_path):
+    source = FakeSource()
+    source.put("far", {"adapter_config.json": b"{}"})
+    policy = NamePolicy(poll_interval_s=0, miss_ttl_s=0, on_source_down="fail")
+    served.state.catalog.remote = RemoteTier([source], tmp_path / "cache", policy=policy)
+    assert (await add(served, "near", source=f"{source.source}/far", weight=2)).status_code == 201
+    source.go_down()
+    assert (await ask(served, "DELETE", "/near")).status_code == 200
+    source.come_back()
+    check_error(await ask(served, "GET", "/near"), 404, "model_not_found", "name")
+    assert served.engine.weights["near"] == 1.0
+    await served.state.catalog.remote.close()
+
+
 async def test_a_remote_adapter_under_another_name(served, far):
     url = f"{far.source}/far"
     told = (await add(served, "near", source=url)).json()
