@@ -61,6 +61,8 @@ def read_adapters_file(path: Path, base_names: Sequence[str] = ()) -> AdaptersFi
         signature = Signature.of(path)
         if signature.size > MAX_BYTES:
             raise ConfigError(f"{path}: {signature.size} bytes; at most {MAX_BYTES} are read")
+        if not path.is_file():  # a pipe is waited for without end, a device may have none
+            raise ConfigError(f"{path}: not a regular file")
         content = path.read_bytes()
         if Signature.of(path) != signature:
             raise ConfigError(f"{path}: it changed while it was read")

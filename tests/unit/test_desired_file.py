@@ -101,8 +101,11 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         read_adapters_file(tmp_path / "missing.json")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(ConfigError, match=r"folder\.json"):
-        read_adapters_file(tmp_path / "folder.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    for name in ("folder.json", "pipe.json", "device.json"):
+        with pytest.raises(ConfigError, match=f"{name}: not a regular file"):
+            read_adapters_file(tmp_path / name)
     path = written(tmp_path, "", "large.json")
     os.truncate(path, MAX_BYTES + 1)
     with pytest.raises(ConfigError, match=str(MAX_BYTES)):
