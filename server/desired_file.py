@@ -29,6 +29,19 @@ MAX_DEPTH = 16
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is some ten times as fast
 
 
+class _Loader(_LOADER):  # type: ignore[misc,valid-type]
+    """The safe loader, which takes no key twice: two entries without a dash between them would become one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(problem=_twice(key.value), problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class Signature(NamedTuple):
     """Which file a path leads to, links followed: another one, or the same one written again, differs."""
 
@@ -78,9 +91,9 @@ def _parsed(path: Path, content: bytes) -> Any:
         raise ConfigError(f"{path}: its name must end in .json, .yaml or .yml, which says what is in it")
     try:
         if kind == ".json":
-            return json.loads(content)
+            return json.loads(content, object_pairs_hook=_once)
         _check_depth(content)
-        return yaml.load(content, Loader=_LOADER)
+        return yaml.load(content, Loader=_Loader)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
     except yaml.MarkedYAMLError as error:
@@ -90,6 +103,20 @@ def _parsed(path: Path, content: bytes) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         raise ConfigError(f"{path}: {reason}") from None
+
+
+def _twice(key: str) -> str:
+    return f"the key {key[:128]!r} stands twice in one object"
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError when a key stands in it twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(_twice(key))
+        found[key] = value
+    return found
 
 
 def _check_depth(content: bytes) -> None:

@@ -68,6 +68,8 @@ WRONG = [
     ("adapters: [{name: a}, {name: b}, {name: a}]", "entry 3: the name 'a' is that of entry 1"),
     ("adapters:\n- name: a\n  path: 'x", "line "),
     ("adapters:\n\t- x", "line 2"),
+    ("adapters:\n- name: a\n  path: x\n  name: b", "line 4, column 3: the key 'name' stands twice"),
+    ("adapters: []\nadapters: [{name: a}]", "line 2, column 1: the key 'adapters' stands twice"),
     ("adapters: !!python/object/apply:os.getpid []", "line 1"),
     (b"adapters: [\xff]", "adapters.yaml"),
     ("[" * 100_000, "line 1: nested more than"),
@@ -87,6 +89,7 @@ def test_what_is_wrong_is_named(tmp_path, content, words):
     [
         ("a.json", '{"adapters": [\n{"name": "a",}]}', "line 2, column 14"),
         ("a.json", b"\xff\xfe\xfd", "a.json"),
+        ("a.json", '{"adapters": [{"name": "a", "name": "b"}]}', "the key 'name' stands twice"),
         ("a.json", "[" * 100_000, "nested too deeply|a.json"),
         ("a.toml", "", r"\.json, \.yaml"),
         ("adapters", "", r"\.json, \.yaml"),
