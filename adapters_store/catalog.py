@@ -87,16 +87,12 @@ class Catalog:
 
         AdapterNotFound when no source has it.
         """
-        if is_adapter_name(name) and name not in self._base_names and name not in self._removed:
-            for source in self._sources_of(name):
-                version = await asyncio.to_thread(source.resolve, name)
-                if version is not None:
-                    return version
-            if self.remote is not None and name not in self.named:  # names given there are the tier's to know
-                version = await self.remote.resolve(name)
-                if version is not None:
-                    return version
-        raise AdapterNotFound(f"The model {shown(name)} does not exist.")
+        version = await self._resolve_here(name)
+        if version is None and (remote := self._remote_of(name)) is not None:
+            version = await remote.resolve(name)
+        if version is None:
+            raise AdapterNotFound(f"The model {shown(name)} does not exist.")
+        return version
 
     def covers(self, version: SourceVersion) -> bool:
         """Whether the version is of one of the sources that are configured now."""
@@ -162,17 +158,13 @@ class Catalog:
 
         A remote adapter's name points to the new version when that is done. Raises AdapterError, also of `bring`.
         """
-        version = None
-        try:
-            version = await self.resolve(name)
-        except AdapterNotFound:
-            if self.remote is None or not is_adapter_name(name) or name in self._base_names or name in self._removed:
-                raise
-        if self.remote is None or (version is not None and not self.remote.covers(version)):
-            assert version is not None
+        version = await self._resolve_here(name)
+        if version is not None:
             await bring(version)
-        elif name not in self.named:
-            await self.remote.reload(name, bring)
+        elif (remote := self._remote_of(name)) is not None:
+            await remote.reload(name, bring)
+        else:
+            raise AdapterNotFound(f"The model {shown(name)} does not exist.")
 
     async def look_at(self, name: str, url: str) -> SourceVersion:
         """What `name` would point to as the adapter at `url`, below a remote source. Nothing is changed.
@@ -238,6 +230,21 @@ class Catalog:
         walk.warnings.extend(
             f"{label} has an adapter {name!r}, which no request can name: rename its folder" for name in source.misnamed
         )
+
+    def _may_be_served(self, name: str) -> bool:
+        return is_adapter_name(name) and name not in self._base_names and name not in self._removed
+
+    async def _resolve_here(self, name: str) -> SourceVersion | None:
+        """What `name` points to on this machine, before any remote source is asked."""
+        for source in self._sources_of(name) if self._may_be_served(name) else ():
+            version = await asyncio.to_thread(source.resolve, name)
+            if version is not None:
+                return version
+        return None
+
+    def _remote_of(self, name: str) -> RemoteTier | None:
+        """Who knows `name` if it is not on this machine; names in `named` are nobody else's."""
+        return self.remote if self._may_be_served(name) and name not in self.named else None
 
     def _sources_of(self, name: str) -> Sequence[Source]:
         if self._is_alias(name):

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from adapters_store.catalog import Catalog
 from adapters_store.compile import job
-from adapters_store.errors import AdapterNotFound, AdapterUnavailable
+from adapters_store.errors import AdapterDenied, AdapterNotFound, AdapterUnavailable
 from adapters_store.inspect import inspect_adapter
 from adapters_store.limits import Limits
 from adapters_store.remote_names import NamePolicy
@@ -193,6 +193,27 @@ async def test_a_reload_that_fails_is_not_remembered_against_the_next(store, sou
         await store.catalog.reload("fr", bring)
     await store.catalog.reload("fr", bring)
     assert (await store.resolve("fr")) != old
+
+
+async def test_a_reload_asks_whatever_is_remembered(store, source):
+    """A key that was missing at the store, an adapter that was not there yet: repaired, and then reloaded by hand."""
+
+    def denied(call):
+        raise AdapterDenied("access denied")
+
+    source.fault = denied
+    with pytest.raises(AdapterDenied):
+        await store.resolve("fr")
+    source.come_back()
+    with pytest.raises(AdapterDenied):
+        await store.resolve("fr")  # for an hour, here
+    brought = []
+
+    async def bring(version):
+        brought.append(version)
+
+    await store.catalog.reload("fr", bring)
+    assert brought == [await store.resolve("fr")]
 
 
 def raise_once(source):
