@@ -129,10 +129,11 @@ class Catalog:
 
         A version of a remote source is one that `look_at` found.
         """
-        self._take_back(version.name)
         if self.remote is not None and self.remote.covers(version):
+            self.named.remove(version.name)
             self.remote.assign(version)
         else:
+            self._take_back(version.name)
             self.named.assign(version)
         self._removed.discard(version.name)
         self._listed_at = -float("inf")
@@ -181,7 +182,7 @@ class Catalog:
     def _take_back(self, name: str) -> None:
         self.named.remove(name)
         if self.remote is not None:
-            self.remote.aliases.pop(name, None)
+            self.remote.release(name)
 
     def _is_alias(self, name: str) -> bool:
         return self.remote is not None and name in self.remote.aliases

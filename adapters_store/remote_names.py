@@ -6,6 +6,7 @@ folder/<sha256 of the name>.json    the SourceVersion that the name had when the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
@@ -87,8 +88,6 @@ class RemoteNames:
         self._folder = (
             folder.absolute() / hashlib.sha256(f"{remote.source} {remote.endpoint}".encode()).hexdigest()[:16]
         )
-        for parent in (folder.absolute().parent, folder.absolute(), self._folder):
-            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._known: OrderedDict[str, _Known] = OrderedDict()  # by use: the next to be forgotten first
         self._misses = Misses(self._policy.miss_ttl_s, clock=clock)
         self._flights: Flights[SourceVersion | None] = Flights()
@@ -162,6 +161,14 @@ class RemoteNames:
         known = self._known.get(version.name)
         if known is not None and known.version == version:
             known.asked_at = -float("inf")
+
+    def forget(self) -> None:
+        """Know nothing any more, here and on disk; what is under way goes on."""
+        for name in self._known:
+            self._path(name).unlink(missing_ok=True)
+        self._known.clear()
+        with contextlib.suppress(OSError):  # not there, or with a file that is being written
+            self._folder.rmdir()
 
     def serves(self, name: str) -> bool:
         """Whether a version of `name` can be served without the source."""
@@ -287,6 +294,8 @@ class RemoteNames:
         path = self._path(version.name)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
+            for parent in (self._folder.parent.parent, self._folder.parent, self._folder):
+                parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             temporary.write_bytes(msgspec.json.encode(version))
             temporary.rename(path)
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from adapters_store.tensorfile import shown
 MAX_FETCHES = 8
 RESERVED_FETCHES = 2  # of these, for other sources than any one
 LEASE_ATTEMPTS = 3
+MAX_SPARE = 4096  # sources of one adapter that no name has: looked at for a client, or of a name that was taken away
 
 
 class Fetched(NamedTuple):
@@ -79,8 +81,9 @@ class RemoteTier:
         """uses since start that found the files here"""
         self.aliases: dict[str, RemoteNames] = {}
         """names given by hand, each the one name of an AliasSource; they go before all others"""
+        self._spare: OrderedDict[str, None] = OrderedDict()  # AliasSources that are in no alias, for requests that run
         remotes = [names for names in self.names if isinstance(names, RemoteNames)]
-        self._by_source = {names.remote.source: names for names in remotes}
+        self._by_source: dict[str, RemoteNames] = {names.remote.source: names for names in remotes}
         self._clock = clock
         self._limits = limits or Limits()
         self._fetches: Flights[tuple[float, float]] = Flights()
@@ -128,7 +131,7 @@ class RemoteTier:
 
     async def again(self, version: SourceVersion) -> SourceVersion:
         """What the version's name points to now, asked of its source; AdapterNotFound when it has gone."""
-        newer = await self._by_source[version.source].ask(version.name)
+        newer = await self._names_of(version).ask(version.name)
         if newer is None:
             raise AdapterNotFound(f"The model {version.name!r} does not exist (any more).")
         return newer
@@ -170,15 +173,29 @@ class RemoteTier:
         finally:
             if is_new and version is None:  # what a client asks for and is not there leaves nothing behind
                 del self._by_source[alias.source], self._turns_of[alias.source]
+        if name not in self.aliases or self.aliases[name].remote.source != alias.source:
+            self._spare_source(alias.source)
         return version
 
     def assign(self, version: SourceVersion) -> None:
         """From now on `version.name` is what `look_at` found for it."""
-        self.aliases[version.name] = self._by_source[version.source]
+        names = self._by_source[version.source]
+        if self.aliases.get(version.name) is not names:
+            self.release(version.name)
+        self._spare.pop(version.source, None)
+        self.aliases[version.name] = names
+
+    def release(self, name: str) -> None:
+        """The name is no longer one given by hand, if it was; requests that run go on."""
+        names = self.aliases.pop(name, None)
+        if names is not None:
+            names.forget()
+            self._spare_source(names.remote.source)
 
     def doubt(self, version: SourceVersion) -> None:
         """The version came to nothing: who names it next asks its source."""
-        self._by_source[version.source].doubt(version)
+        if (names := self._by_source.get(version.source)) is not None:
+            names.doubt(version)
 
     def is_fetching(self, version_key: str) -> bool:
         """Whether the files of that version are on their way or wait for a turn."""
@@ -230,6 +247,23 @@ class RemoteTier:
             await names.close()
         await asyncio.to_thread(self.raw.close)
 
+    def _names_of(self, version: SourceVersion) -> RemoteNames:
+        """Who knows the version's name; AdapterNotFound for a source that went to make room."""
+        names = self._by_source.get(version.source)
+        if names is None:
+            raise AdapterNotFound(f"The model {version.name!r} does not exist (any more).")
+        return names
+
+    def _spare_source(self, source: str) -> None:
+        """Keep an AliasSource that no name has, for a while: those used least lately go."""
+        if source in self._by_source:
+            self._spare[source] = None
+            self._spare.move_to_end(source)
+        while len(self._spare) > MAX_SPARE:
+            oldest, _ = self._spare.popitem(last=False)
+            self._by_source.pop(oldest).forget()
+            del self._turns_of[oldest]
+
     async def _read_template(self, version: SourceVersion, held: SourceVersion) -> AdapterTemplate | None:
         try:
             async with self.files(held, confirms=False) as fetched:
@@ -246,7 +280,7 @@ class RemoteTier:
         """
         asked = time.perf_counter()
         self.raw.check_quota(version)
-        names = self._by_source[version.source]
+        names = self._names_of(version)
         limit_s = None if confirms else self.policy.turn_s
         refusal = f"too many fetches from {version.source} are under way; try again"
         async with turn(self._turns_of[version.source], limit_s, refusal), turn(self._turns, limit_s, refusal):

@@ -298,8 +298,8 @@ async def test_a_name_given_one_remote_adapter_never_becomes_another(store, sour
     assert await store.resolve("fr") == theirs
 
 
-async def test_urls_of_nothing_leave_nothing_behind(store, source):
-    before = dict(store.catalog.remote._by_source)
+async def test_urls_of_nothing_leave_nothing_behind(store, source, tmp_path):
+    before, folders = dict(store.catalog.remote._by_source), sorted((tmp_path / "cache").rglob("*"))
     for index in range(5):
         with pytest.raises(AdapterNotFound):
             await store.catalog.look_at(f"x{index}", f"{source.source}/nobody")
@@ -307,6 +307,35 @@ async def test_urls_of_nothing_leave_nothing_behind(store, source):
     with pytest.raises(AdapterUnavailable):
         await store.catalog.look_at("y", f"{source.source}/fr")
     assert store.catalog.remote._by_source == before
+    assert sorted((tmp_path / "cache").rglob("*")) == folders
+
+
+async def test_names_that_come_and_go_leave_little_behind(store, source, tmp_path, monkeypatch):
+    monkeypatch.setattr("adapters_store.remote_tier.MAX_SPARE", 3)
+    remote, url = store.catalog.remote, f"{source.source}/fr"
+    before = len(remote._by_source)
+    for index in range(9):
+        version = await store.catalog.look_at(f"x{index}", url)
+        if index % 3:  # else the name was refused
+            store.catalog.assign(version)
+            assert await store.resolve(f"x{index}") == version
+            store.catalog.remove(f"x{index}")
+    assert len(remote._by_source) == len(remote._turns_of) == before + 3 and not remote.aliases
+    assert len(list((tmp_path / "cache" / "names").rglob("*.json"))) == 1  # of x6, as if it might still be given
+    assert (await store.ensure(version)).version == version.key  # of a request that runs under a name that is gone
+
+
+async def test_a_name_that_is_looked_at_again_stays_known(store, source, monkeypatch):
+    monkeypatch.setattr("adapters_store.remote_tier.MAX_SPARE", 1)
+    url = f"{source.source}/fr"
+    for _ in range(2):
+        kept = await store.catalog.look_at("kept", url)
+        store.catalog.assign(kept)
+    for index in range(3):
+        await store.catalog.look_at(f"y{index}", url)
+    source.go_down()
+    store.catalog.remote.aliases["kept"].doubt(kept)
+    assert await store.resolve("kept") == kept
 
 
 async def test_a_name_given_a_folder_is_no_longer_the_remote_ones(store, source, plain_adapter):
