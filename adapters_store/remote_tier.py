@@ -81,6 +81,7 @@ class RemoteTier:
         """uses since start that found the files here"""
         self.aliases: dict[str, RemoteNames] = {}
         """names given by hand, each the one name of an AliasSource; they go before all others"""
+        self._looked: dict[str, tuple[SourceVersion, float]] = {}  # by AliasSource: not assigned yet, and when asked
         self._spare: OrderedDict[str, None] = OrderedDict()  # AliasSources that are in no alias, for requests that run
         remotes = [names for names in self.names if isinstance(names, RemoteNames)]
         self._by_source: dict[str, RemoteNames] = {names.remote.source: names for names in remotes}
@@ -154,6 +155,7 @@ class RemoteTier:
     async def look_at(self, name: str, url: str) -> SourceVersion | None:
         """What `name` would point to as the adapter at `url`; None when it is not there. Nothing is changed.
 
+        The source is asked now; while it can't be, what is known holds as far as the policy has it.
         Raises ValueError when no source has `url` below it, AdapterError when that source can't be asked.
         """
         for names in (names for names in self.names if isinstance(names, RemoteNames)):
@@ -169,7 +171,7 @@ class RemoteTier:
             self._turns_of[alias.source] = self._turns_of[names.remote.source]
         version: SourceVersion | None = None
         try:
-            version = await self._by_source[alias.source].resolve(name)
+            version = await self._look_now(self._by_source[alias.source], name)
         finally:
             if is_new and version is None:  # what a client asks for and is not there leaves nothing behind
                 del self._by_source[alias.source], self._turns_of[alias.source]
@@ -183,6 +185,9 @@ class RemoteTier:
         if self.aliases.get(version.name) is not names:
             self.release(version.name)
         self._spare.pop(version.source, None)
+        looked, asked_at = self._looked.pop(version.source, (None, 0.0))
+        if looked == version:
+            names.accept(version.name, version, asked_at)
         self.aliases[version.name] = names
 
     def release(self, name: str) -> None:
@@ -190,6 +195,7 @@ class RemoteTier:
         names = self.aliases.pop(name, None)
         if names is not None:
             names.forget()
+            self._looked.pop(names.remote.source, None)
             self._spare_source(names.remote.source)
 
     def doubt(self, version: SourceVersion) -> None:
@@ -254,6 +260,18 @@ class RemoteTier:
             raise AdapterNotFound(f"The model {version.name!r} does not exist (any more).")
         return names
 
+    async def _look_now(self, names: RemoteNames, name: str) -> SourceVersion | None:
+        try:
+            async with asyncio.timeout(self.policy.patience_s if names.serves(name) else None):
+                version, asked_at = await names.look(name)
+        except (*NOT_ASKABLE, TimeoutError):
+            if not names.serves(name):
+                raise
+            return await names.resolve(name)
+        if version is not None:
+            self._looked[names.remote.source] = version, asked_at
+        return version
+
     def _spare_source(self, source: str) -> None:
         """Keep an AliasSource that no name has, for a while: those used least lately go."""
         if source in self._by_source:
@@ -262,6 +280,7 @@ class RemoteTier:
         while len(self._spare) > MAX_SPARE:
             oldest, _ = self._spare.popitem(last=False)
             self._by_source.pop(oldest).forget()
+            self._looked.pop(oldest, None)
             del self._turns_of[oldest]
 
     async def _read_template(self, version: SourceVersion, held: SourceVersion) -> AdapterTemplate | None:
