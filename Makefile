@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+OUT ?= build/bench-gpu
 
-.PHONY: demo serve test check bench format setup clean
+.PHONY: demo serve test check bench bench-gpu format setup clean
 
 demo: $(READY)  ## the demo base and its adapters on http://127.0.0.1:8000
 	$(BIN)/multilora demo --host $(HOST) --port $(PORT) $(ARGS)
@@ -27,6 +28,15 @@ check: $(READY)  ## lint, format, types, import rules
 
 bench: $(READY)  ## the measured results of docs/benchmarks.md
 	$(BIN)/multilora bench $(ARGS)
+
+# Needs an NVIDIA GPU and a python3 with torch and triton; nothing is installed. PEERS: see loadtest/gpu/peers.py.
+bench-gpu:  ## kernels checked and timed, whole steps: three tables, and JSON in OUT
+	@mkdir -p "$(OUT)"
+	@failed=0; \
+	$(PYTHON) -m loadtest.gpu.check --out "$(OUT)/check.json" $(ARGS) || failed=1; \
+	$(PYTHON) -m loadtest.gpu.kernels --out "$(OUT)/kernels.json" $(if $(PEERS),--peers "$(PEERS)") $(ARGS) || failed=1; \
+	$(PYTHON) -m loadtest.gpu.steps --out "$(OUT)/steps.json" $(ARGS) || failed=1; \
+	exit $$failed
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """Is every kernel right on this device?
 
-    python -m loadtest.gpu.check [--out check.json] [--backend triton] [--seed N]
+    python -m loadtest.gpu.check [--out check.json] [--backend triton] [--seed N] [--match TEXT]
 
 Each case runs twice with fresh random inputs against fp64 on the same values. What may not be read is NaN: gaps of the
 arena, rows of no segment, columns of no slice, cache positions of nobody, and free memory before every case; what may
@@ -59,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = begin("check", options)
     with torch.inference_mode():
         for kind, name, measure in cases(run):
-            run.machine.poison()
             run.case(name, lambda kind=kind, measure=measure: {"kind": kind} | measure())
     each = run.rows
     wrong = [row for row in each if not row["right"]]
@@ -115,6 +114,7 @@ def lora_graphs(run: Run, dtype: torch.dtype, bucket: int) -> Verdict:
     """Two projections captured into one graph, then replayed for steps of other rows, members and inputs."""
     machine, backend = run.machine, run.options.backend
     rng, generator = random.Random(run.seed), torch.Generator(machine.device).manual_seed(run.seed)
+    machine.poison()
     groups = [_moved(group, 3 * number) for number, group in enumerate(_graph_groups(run.is_tiny))]
     slots, rows = (4, 6) if run.is_tiny else (40, 64)
     sites = {}
@@ -147,6 +147,7 @@ def attention_graph(run: Run, dtype: torch.dtype) -> Verdict:
     """KV writes and attention of decode rows, captured once, replayed for other requests in other blocks."""
     machine, backend = run.machine, run.options.backend
     rng, generator = random.Random(run.seed), torch.Generator(machine.device).manual_seed(run.seed)
+    machine.poison()
     heads, size, most, longest = ((4, 2, 16), 4, 4, 30) if run.is_tiny else ((32, 8, 128), 16, 32, 2000)
     plan = AttentionPlan(machine, backend, most, longest // size + 2, size)
     shape = (most * (longest // size + 1) + 8, size, heads[1], heads[2])

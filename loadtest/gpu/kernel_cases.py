@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -44,6 +44,7 @@ class Case:
     calls: dict[str, Call]
     expected: Callable[[], torch.Tensor]  # of set 0, fp64
     result: Callable[[str], torch.Tensor]  # what a contestant makes of set 0
+    refused: dict[str, str] = field(default_factory=dict)  # by contestant that can't do it: its error
 
 
 def num_sets(machine: Machine, set_bytes: int) -> int:
@@ -81,8 +82,13 @@ def lora_case(
     if batch.distinct == 1:
         makers |= {"cuBLAS a": cublas_by_slice, "cuBLAS b": cublas_block_diagonal}
     stacked = [stacks_of(made, group, ranks, owners) for group in groups]
+    refused: dict[str, str] = {}
     for name, make in makers.items():
-        runs = [make(stacks, x, y) for stacks, x, y in zip(stacked, xs, ys, strict=True)]
+        try:
+            runs = [make(stacks, x, y) for stacks, x, y in zip(stacked, xs, ys, strict=True)]
+        except Exception as error:  # another project's code: ours is measured all the same
+            refused[name] = f"{type(error).__name__}: {error}"
+            continue
         if all(run is not None for run in runs):
             calls[name] = lambda i, runs=runs: runs[i]()
 
@@ -94,7 +100,7 @@ def lora_case(
     def expected() -> torch.Tensor:
         return oracle.lora(before, xs[0], groups[0], segments, made.deltas).exact
 
-    return Case(batch.name, num_bytes, batch.products(shape), 2, sets, calls, expected, result)
+    return Case(batch.name, num_bytes, batch.products(shape), 2, sets, calls, expected, result, refused)
 
 
 def _group(shape: Shape, projection: str, index: int) -> SiteGroup:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 POISON_BYTES = 4 << 30  # of free memory made NaN before a check
-_POISON_SIZES = (1 << 30, 256 << 20, 16 << 20, 1 << 20, 64 << 10, 4 << 10)
+_POISON_SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20, 1 << 30)  # allocators keep small ones apart
 _MAX_REPLAYS = 50
 
 
@@ -47,6 +47,25 @@ class Machine:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def to_device(self, values: torch.Tensor) -> torch.Tensor:
+        """From the host in stream order, without waiting: through memory that is pinned until the copy has happened."""
+        return values.pin_memory().to(self.device, non_blocking=True) if self.is_cuda else values
+
+    def to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """A copy in pinned memory, to be read once the event has happened."""
+        if not self.is_cuda:
+            return values, None
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        return host, self.event()
+
+    def event(self) -> torch.cuda.Event | None:
+        """Happens when all that was started before it is done."""
+        if not self.is_cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
     def capture(self, run: Callable[[], object]) -> Graph:
         """A graph of `run`, which is called once or twice before: what is compiled or allocated once is not in it."""
         if not self.is_cuda:
@@ -63,9 +82,11 @@ class Machine:
         return graph
 
     def microseconds(self, run: Callable[[], object], calls: int = 1, budget_s: float = 0.01) -> list[float]:
-        """Time of one of the `calls` that `run` makes, from as many runs as fit the budget (at least three)."""
+        """Time of one of the `calls` that `run` makes: of the runs that fit the budget, or three; on the CPU, one."""
         once = self._microseconds(run)
-        count = 3 if not self.is_cuda else int(min(max(budget_s * 1e6 / max(once, 1.0), 3), _MAX_REPLAYS))
+        if not self.is_cuda:
+            return [once / calls]
+        count = int(min(max(budget_s * 1e6 / max(once, 1.0), 3), _MAX_REPLAYS))
         return [self._microseconds(run) / calls for _ in range(count)]
 
     def poison(self, num_bytes: int | None = None) -> None:
@@ -139,14 +160,14 @@ class Machine:
 
 
 def in_turns(
-    machine: Machine, contestants: Iterable[tuple[str, Graph, int]], rounds: int = 3
+    machine: Machine, contestants: Iterable[tuple[str, Graph, int]], rounds: int = 3, budget_s: float = 0.01
 ) -> dict[str, list[list[float]]]:
     """Microseconds of a call by name and round; contestants are (name, graph, calls in it) and take turns."""
     found: dict[str, list[list[float]]] = {}
     held = list(contestants)
     for _ in range(rounds):
         for name, graph, calls in held:
-            found.setdefault(name, []).append(machine.microseconds(graph.replay, calls))
+            found.setdefault(name, []).append(machine.microseconds(graph.replay, calls, budget_s))
     return found
 
 

@@ -40,22 +40,28 @@ class Run:
     def has_time(self) -> bool:
         return time.monotonic() < self._end
 
-    def case(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Add `measure()` as a row. Without time left it is not run; what it raises costs this row alone."""
+    def case(self, name: str, measure: Callable[[], dict[str, Any] | list[dict[str, Any]]]) -> None:
+        """Add what `measure()` gives: a row, or rows with names of their own.
+
+        Without time left it is not run; what it raises costs this case alone. Not asked for (--match): nothing.
+        """
+        if not any(text in name for text in self.options.match):
+            return
         if not self.has_time:
             self.not_run.append(name)
             return
         started = time.monotonic()
         try:
-            row = measure()
+            found = measure()
         except Exception as error:  # the border of a case: one that can't compile must not cost the others
             traceback.print_exc()
             self.failed.append({"case": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
             return
-        self.rows.append({"case": name} | row | {"took_s": round(time.monotonic() - started, 2)})
+        took = {"took_s": round(time.monotonic() - started, 2)}
+        self.rows += [{"case": name} | row | took for row in (found if isinstance(found, list) else [found])]
 
     def finish(self, columns: Sequence[str], summary: Mapping[str, Any], wrong: int) -> int:
-        """Print the table and the summary, write the JSON; the exit status: 1 where anything is wrong or failed."""
+        """Print the table and the summary, write the JSON; the status: 1 if anything is wrong, failed or not run."""
         result = {
             "script": self.name,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -79,7 +85,7 @@ class Run:
         if self.not_run:
             sys.stdout.write(f"not run, no time left: {', '.join(self.not_run)}\n")
         sys.stdout.write(f"{self.name}: {wrong} wrong, {len(self.failed)} failed, seed {self.seed}\n")
-        return int(wrong > 0 or bool(self.failed))
+        return int(wrong > 0 or bool(self.failed) or bool(self.not_run))
 
 
 def parser(name: str, description: str | None) -> Parser:
@@ -92,6 +98,9 @@ def parser(name: str, description: str | None) -> Parser:
     made.add_argument("--out", type=result_file, help="write the figures here as JSON")
     made.add_argument("--backend", default="triton", help="a name of kernels/ops.py; default triton")
     made.add_argument("--seconds", type=positive, default=DEFAULT_SECONDS, help="start nothing new after these")
+    made.add_argument(
+        "--match", nargs="+", default=[""], metavar="TEXT", help="only cases with one of these in the name"
+    )
     made.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31), help="default another each time")
     made.add_argument("--tiny", action="store_true", help="on the CPU, Triton interpreted; no time means anything")
     return made
@@ -105,7 +114,6 @@ def begin(name: str, options: argparse.Namespace) -> Run:
     elif not torch.cuda.is_available():
         sys.stderr.write(f"python -m loadtest.gpu.{name}: torch sees no CUDA device here; --tiny runs on the CPU\n")
         sys.exit(2)
-    torch.backends.cuda.matmul.allow_tf32 = False  # oracles in fp32
     torch.manual_seed(options.seed)
     return Run(name, options)
 
