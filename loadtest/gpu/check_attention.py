@@ -160,13 +160,13 @@ def places(table: np.ndarray, context: int, block_size: int, device: torch.devic
 
 
 def attention_recipes(is_tiny: bool) -> Iterator[AttentionRecipe]:
-    """Every batch with every shape of heads; options, dtypes and block sizes take turns."""
+    """Every batch with every shape of heads, and every dtype with every option and shape; block sizes take turns."""
     requests, heads = (TINY_REQUESTS, TINY_HEADS) if is_tiny else (REQUESTS, HEADS)
     for number, (batch, shape) in enumerate(itertools.product(requests, heads)):
         options = OPTIONS[(number + number // len(heads)) % len(OPTIONS)]
         if is_tiny and "sliding_window" in options:
             options = {"sliding_window": 5}
-        dtype = torch.float32 if is_tiny else DTYPES[(number + number // len(heads)) % len(DTYPES)]
+        dtype = torch.float32 if is_tiny else DTYPES[number // len(DTYPES) % len(DTYPES)]
         size = 4 if is_tiny else BLOCK_SIZES[number % len(BLOCK_SIZES)]
         told = ", ".join(f"{name} {value}" for name, value in options.items()) or "plain"
         name = f"attention {'x'.join(map(str, shape))}, {batch}, {told}, {short(dtype)}"

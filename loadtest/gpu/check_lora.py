@@ -135,11 +135,11 @@ def lora_case(
 
 
 def recipes(is_tiny: bool) -> Iterator[Recipe]:
-    """Every group with every batch; ranks and dtypes take turns."""
+    """Every group with every batch, and every pair of these, ranks and dtypes."""
     groups, who, ranks = (TINY_GROUPS, TINY_WHO, TINY_RANKS) if is_tiny else (GROUPS, WHO, RANKS)
-    for number, (group, batch) in enumerate(itertools.product(groups, who)):
-        own = list(ranks)[(number + number // len(ranks)) % len(ranks)]
-        dtype = torch.float32 if is_tiny else DTYPES[(number + number // len(who)) % len(DTYPES)]
+    for (g, group), (w, batch) in itertools.product(enumerate(groups), enumerate(who)):
+        own = list(ranks)[(g + w // 2) % len(ranks)]
+        dtype = torch.float32 if is_tiny else DTYPES[(g + w) % len(DTYPES)]
         name = f"lora {group}, {batch}, ranks {own}, {short(dtype)}"
         yield Recipe(name, groups[group], who[batch], ranks[own], dtype)
     hidden, vocab = (64, 50) if is_tiny else (4096, 128_256)

@@ -162,7 +162,8 @@ def attention_case(
         stored = [_stored(cache, meta) for cache in caches[0]]
         return oracle.attention(qs[0], *stored, meta, scale, None, None, None).exact
 
-    launches = 1 if all(own > 1 for _, own in requests) else 2  # decode: parts of the context, then their sum
+    is_decode = {own == 1 for _, own in requests}
+    launches = 2 * (True in is_decode) + (False in is_decode)  # decodes: parts of the contexts, then their sums
     products = 2 * keys * heads * dims
     return Case(
         f"attention {name}", num_bytes, products, launches, sets, calls, expected, lambda name: calls[name](0).clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ import torch
 from kernels import ops
 from loadtest.gpu import check, kernels, output, peers, steps
 from loadtest.gpu.adapters import segments_of, spread
+from loadtest.gpu.check_attention import attention_recipes
+from loadtest.gpu.check_lora import recipes
 from loadtest.gpu.contestants import Stacks
 from loadtest.gpu.kernel_cases import Case
 from loadtest.gpu.shapes import LLAMA_8B, batches
@@ -113,6 +116,20 @@ def test_without_a_gpu_only_tiny_runs(capsys, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             script.main([])
         assert ended.value.code == 2 and "--tiny" in capsys.readouterr().err
+
+
+def test_the_checks_cases_cover_all_pairs():
+    loras = [recipe for recipe in recipes(False) if not recipe.vocab]
+    attentions = list(attention_recipes(False))
+    named = [recipe.name for recipe in (*loras, *attentions)]
+    assert len(set(named)) == len(named)
+    factors = [[recipe.name.split(", ranks")[0], recipe.group, recipe.ranks, recipe.dtype] for recipe in loras]
+    for row in factors:
+        row[0] = row[0].partition(", ")[2]  # who is in the batch
+    others = [[recipe.dtype, recipe.heads, str(recipe.options)] for recipe in attentions]
+    for table, sizes in ((factors, (9, 5, 4, 3)), (others, (3, 6, 4))):
+        for (i, m), (j, n) in itertools.combinations(enumerate(sizes), 2):
+            assert len({(row[i], row[j]) for row in table}) == m * n
 
 
 LIMITS = {"copy_bytes_per_s": 4e12, "multiply_adds_per_s": 4e14, "launch_us": 1.0}
