@@ -47,7 +47,7 @@ class Setting:
     tolerance: float  # of a row's logits, by norm
 
 
-REAL = Setting(Shape(4, 1024, 8, 2, 128, 2048, 4096), torch.bfloat16, (8, 32), 24, 8, (8, 16, 40, 64), 400, 96, 0.1)
+REAL = Setting(Shape(4, 1024, 8, 2, 128, 2048, 4096), torch.bfloat16, (8, 32), 24, 8, (8, 16, 40, 64), 1000, 96, 0.1)
 TINY = Setting(Shape(2, 32, 4, 2, 8, 48, 64), torch.float32, (2, 4), 5, 2, (4, 8), 45, 24, 1e-3)
 
 

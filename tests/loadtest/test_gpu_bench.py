@@ -313,6 +313,8 @@ assert kernels.main([*tiny, "--rounds", "1", "--match", "rows of 1", "KV writes"
 short = steps.TINY_ISOLATION
 steps.TINY_ISOLATION = replace(short, shape=replace(short.shape, layers=1), num_steps=6)
 assert steps.main([*tiny, "--only", "isolation", "--match", "fault none"]) == 0
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"server", "adapters_store", "msgspec", "fastapi", "transformers"}, "a bare GPU machine lacks them"
 
 import torch
 from loadtest.gpu.small import TorchOps, rope_angles
