@@ -308,10 +308,10 @@ import sys
 from dataclasses import replace
 from loadtest.gpu import check, kernels, steps
 tiny = ["--tiny", "--seed", "3", "--backend", sys.argv[1]]
-assert check.main([*tiny, "--match", "in a graph", "write_kv, 3", "3 rows of 2"]) == 0
+assert check.main([*tiny, "--match", "in a graph", "write_kv, 3", "gaps, 3 rows", "embedding"]) == 0
 assert kernels.main([*tiny, "--rounds", "1", "--match", "rows of 1", "KV writes"]) == 0
 short = steps.TINY_ISOLATION
-steps.TINY_ISOLATION = replace(short, shape=replace(short.shape, layers=1), num_steps=6)
+steps.TINY_ISOLATION = replace(short, shape=replace(short.shape, layers=1), num_steps=4)
 assert steps.main([*tiny, "--only", "isolation", "--match", "fault none"]) == 0
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"server", "adapters_store", "msgspec", "fastapi", "transformers"}, "a bare GPU machine lacks them"
