@@ -200,7 +200,7 @@ def _careful_shape(q: torch.Tensor, group: int) -> TileShape:
 @functools.cache
 def _is_ampere(device: torch.device) -> bool:
     """Less than Hopper, whose matrix units read their operands from shared memory and not from registers."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) < (9, 0))
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def test_in_the_interpreter():
     """What fp64 says of every backend, and interpreted_attention.py; see there for what else the suite asks."""
     files = [HERE / "test_attention.py", HERE / "interpreted_attention.py"]
     chosen = "interpreted or triton and (fp64 or nan or no_request or write_kv or rows_of or writes_then)"
-    command = [sys.executable, "-m", "pytest", *map(str, files), "-k", chosen, "-q", "--no-header", "--timeout=280"]
+    command = [sys.executable, "-m", "pytest", *map(str, files), "-k", chosen, "--no-header", "--timeout=280"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     root = HERE.parents[1]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=290)
