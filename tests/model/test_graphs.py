@@ -132,7 +132,7 @@ GRAPHED = {name: CERTIFIED[name] for name in ("llama", "gemma3", "qwen3", "phi3"
 def test_answers_are_those_of_merged_weights(name: str, device: str, tmp_path: Path) -> None:
     """Requests of several adapters arrive and end one by one: steps of one to twelve rows, every token checked."""
     path = build(tmp_path, *GRAPHED[name])
-    served = serve_graphed(path, device, max_seqs=12, max_rank=16)
+    served = serve_graphed(path, device)
     deltas = fill_in_place(served)
     slots = (0, 1, 2, 1, 0, 2, 2, 1, 0, 0, 1, 2)
     prompts = random_prompts(len(slots), 320, seed=4, lengths=(2, 25))
