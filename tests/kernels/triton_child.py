@@ -246,3 +246,23 @@ def test_an_absent_site_is_not_written(form, monkeypatch):
     case.y[:, :40] = -0.0
     assert_exact(BACKEND, case)
     assert not case.touched()[:, :40].any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_more_than_a_site_s_true_rank_is_read(form, monkeypatch):
+    """What lies behind a short A is another's: it reaches not even the parts of v that nobody reads."""
+    use_form(monkeypatch, form)
+    made = []
+
+    def marked(shape: tuple[int, ...], **options: object) -> torch.Tensor:
+        made.append(torch.full(shape, 777.0, **options))
+        return made[-1]
+
+    monkeypatch.setattr(lora, "torch", SimpleNamespace(empty=marked, float32=torch.float32))
+    case = make_case(two_adapters(torch.float16, ranks=(5, 3)), plain((0, 4, 1), (4, 9, 2)))
+    assert_exact(BACKEND, case)
+    (v,) = made
+    for rows, rank in ((slice(0, 4), 5), (slice(4, 9), 3)):
+        beyond = v[:, rows].unflatten(2, (2, 16))[..., rank:]
+        assert ((beyond == 0) | (beyond == 777)).all()
+        assert not (v[:, rows].unflatten(2, (2, 16))[..., :rank] == 777).any()
