@@ -27,13 +27,13 @@ def tiny(tmp_path_factory):
 
 
 def world_of(tiny, root, seed: int, **config) -> World:
-    """12 names over an arena for a few of them, and KV blocks for about half of the open requests."""
+    """12 names over an arena for a few of them, and KV blocks for a third of the open requests."""
     base, oracle = tiny
     options = {
         "backend": "triton",
         "adapter_memory": 2 * 96 * 1024,
         "block_size": 4,
-        "kv_memory": 40 * 4 * (2 * 2 * 2 * 16 * 4),  # 40 blocks of 4 positions: layers, k|v, heads, dim, fp32
+        "kv_memory": 28 * 4 * (2 * 2 * 2 * 16 * 4),  # 28 blocks of 4 positions: layers, k|v, heads, dim, fp32
         "max_num_seqs": 20,
         "max_step_tokens": 96,
         "max_adapters_per_step": 6,
@@ -50,7 +50,7 @@ def check(counts: Counts, stats: StepStats) -> None:
     assert counts.wrong == 0, counts
     # it was the storm it claims to be
     assert counts.compared > 140 and counts.aborted > 5 and counts.failed < 30, counts
-    assert stats.adapter_evictions > 10 and stats.preemptions > 0, stats
+    assert stats.adapter_evictions > 5 and stats.preemptions > 0, stats
 
 
 @pytest.mark.parametrize(("steps_in_flight", "host_memory"), [(2, 0), (1, 6 * 96 * 1024)])
@@ -64,13 +64,13 @@ def test_a_storm_over_graphs(tiny, tmp_path, monkeypatch, steps_in_flight, host_
     core = world.driver.core
     assert isinstance(core._runner._forward, GraphForward)
     device.watch(core)
-    counts = world.run(220, max_open=28)
+    counts = world.run(400, max_open=28)
     stats = core.step().stats
     device.streams.drain()
     world.driver.assert_nothing_leaked()
     world.close()
     check(counts, stats)
-    assert core.slots.moved_bytes > 0 and (stats.host_hits > 10) == bool(host_memory), stats
+    assert core.slots.moved_bytes > 0 and (stats.host_hits > 5) == bool(host_memory), stats
     assert device.replays > 100 and device.streams.given.count("load") > 30, device.replays
 
 
@@ -82,7 +82,7 @@ def test_a_storm_on_a_gpu(tiny, tmp_path, host_memory):
     world = world_of(tiny, tmp_path, 9, device="cuda", host_memory=host_memory)
     core = world.driver.core
     assert isinstance(core._runner._forward, GraphForward)
-    counts = world.run(220, max_open=28)
+    counts = world.run(400, max_open=28)
     stats = core.step().stats
     world.driver.assert_nothing_leaked()
     world.close()
