@@ -50,7 +50,7 @@ def check(counts: Counts, stats: StepStats) -> None:
     assert counts.wrong == 0, counts
     # it was the storm it claims to be
     assert counts.compared > 140 and counts.aborted > 5 and counts.failed < 30, counts
-    assert stats.adapter_evictions > 5 and stats.preemptions > 0, stats
+    assert stats.adapter_evictions > 10 and stats.preemptions > 0, stats
 
 
 @pytest.mark.parametrize(("steps_in_flight", "host_memory"), [(2, 0), (1, 6 * 96 * 1024)])
@@ -64,13 +64,13 @@ def test_a_storm_over_graphs(tiny, tmp_path, monkeypatch, steps_in_flight, host_
     core = world.driver.core
     assert isinstance(core._runner._forward, GraphForward)
     device.watch(core)
-    counts = world.run(400, max_open=28)
+    counts = world.run(600, max_open=28)
     stats = core.step().stats
     device.streams.drain()
     world.driver.assert_nothing_leaked()
     world.close()
     check(counts, stats)
-    assert core.slots.moved_bytes > 0 and (stats.host_hits > 5) == bool(host_memory), stats
+    assert core.slots.moved_bytes > 0 and (stats.host_hits > 10) == bool(host_memory), stats
     assert device.replays > 100 and device.streams.given.count("load") > 30, device.replays
 
 
