@@ -22,35 +22,12 @@ from kernels.ops import get_backend
 from kernels.types import BIAS_OFFSET, TABLE_COLUMNS, Segments, SiteGroup, SlotWeights
 from loadtest.attention_bench import Case as AttentionCase
 from loadtest.attention_bench import make as make_attention
+from loadtest.gpu.shapes import Shape
 
 COLD_BYTES = 256 << 20
 ADAPTER_RANKS = (16, 64, 8, 32)  # of the adapters, in turn; a lone one has the first
 ALIGNMENT = 64  # elements, of an adapter's matrices
 MAX_REFERENCE_PRODUCTS = 1 << 31  # beyond it fp64 loops tell nothing
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model as its kernels see it; projections are (K, N of each slice)."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-
-    @property
-    def projections(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "qkv": (self.hidden, (q, kv, kv)),
-            "o": (q, (self.hidden,)),
-            "gate-up": (self.hidden, (self.intermediate,) * 2),
-            "down": (self.intermediate, (self.hidden,)),
-        }
-
 
 SHAPES = {"135M": Shape(30, 576, 9, 3, 64, 1536, 49_152), "M": Shape(24, 896, 14, 2, 64, 4864, 151_936)}
 """The demo base, and model M of loadtest/base.py."""
