@@ -24,6 +24,7 @@ from server.engine.device import Device, open_device
 from server.engine.limits import SchedulerLimits
 from server.engine.messages import EngineReady
 from server.engine.scheduler import Scheduler
+from server.engine.processors import bind_team
 from server.engine.sizing import Memory, size_memory
 from server.errors import ConfigError
 from server.model.forward import Forward, forward_of
@@ -43,7 +44,11 @@ MAX_PROMPT_LOGITS = 1 << 25  # elements: prompt logprobs may add so many logits 
 
 def build_core(config_json: bytes) -> EngineCore:
     """The engine for a JSON EngineConfig: what the engine process calls. Raises ConfigError."""
-    return build(msgspec.json.decode(config_json, type=EngineConfig))
+    config = msgspec.json.decode(config_json, type=EngineConfig)
+    core = build(config)
+    if config.device == "cpu" and config.backend in ("auto", "cpu"):
+        bind_team()  # last: a thread that starts after this is bound with the one that starts it
+    return core
 
 
 def build(
