@@ -23,8 +23,8 @@ from server.engine.core import EngineCore
 from server.engine.device import Device, open_device
 from server.engine.limits import SchedulerLimits
 from server.engine.messages import EngineReady
-from server.engine.scheduler import Scheduler
 from server.engine.processors import bind_team
+from server.engine.scheduler import Scheduler
 from server.engine.sizing import Memory, size_memory
 from server.errors import ConfigError
 from server.model.forward import Forward, forward_of
