@@ -11,6 +11,7 @@ AdapterError                        500 adapter_error
 ├── AdapterTooLarge                 422 adapter_too_large     a limit of this server: rank, bytes
 ├── AdapterDenied                   403 adapter_denied        the source refuses this server's credentials
 └── AdapterUnavailable              503 adapter_unavailable   may work later: torn read, worker crash, I/O
+    ├── SourceUnavailable           503 adapter_unavailable   the source does not answer, whatever it is asked for
     └── RawDamaged                  503 raw_damaged           files kept as fetched are not what was fetched
 """
 
@@ -92,10 +93,23 @@ class AdapterUnavailable(AdapterError):
     code = "adapter_unavailable"
 
 
+class SourceUnavailable(AdapterUnavailable):
+    """The source is not to be spoken to: no connection, no answer in time, 408, 429, 5xx. Another name would fail too.
+
+    What it says of one file is an AdapterUnavailable alone.
+    """
+
+
 class RawDamaged(AdapterUnavailable):
     """The files of an adapter are not on disk as they were fetched; the store drops and fetches them again."""
 
     code = "raw_damaged"
+
+
+def reason_of(error: OSError | MemoryError) -> str:
+    """What the system says, for a message that names the file itself."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error) or type(error).__name__
 
 
 def adapter_error(code: str, message: str) -> AdapterError:

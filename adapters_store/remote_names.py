@@ -20,7 +20,7 @@ from typing import Literal
 
 import msgspec
 
-from adapters_store.errors import AdapterDenied, AdapterError, AdapterNotFound, AdapterUnavailable
+from adapters_store.errors import AdapterDenied, AdapterError, AdapterNotFound, AdapterUnavailable, SourceUnavailable
 from adapters_store.flights import Flights, turn
 from adapters_store.histogram import PhaseTimes
 from adapters_store.misses import Misses
@@ -34,6 +34,7 @@ SourceDelete = Literal["keep", "drop"]
 NOT_ASKABLE = (AdapterDenied, AdapterUnavailable)
 MAX_QUESTIONS = 32  # of one source at once
 MAX_KNOWN = 100_000  # names of one source whose versions are remembered
+REFUSALS_TOLD_S = 60.0  # one log line in so long says that a name is refused
 NAMES = "*"  # stands for the listing where a name would; no name is called that
 
 
@@ -61,6 +62,8 @@ class _Known:
 
     version: SourceVersion
     asked_at: float
+    refused_at: float = -float("inf")
+    """when the source last gave, for this name alone, another answer than what it points to"""
 
 
 class RemoteNames:
@@ -95,6 +98,7 @@ class RemoteNames:
         self._turns = asyncio.Semaphore(MAX_QUESTIONS)
         self._is_down = False
         self._down_at = -float("inf")
+        self._told_at = -float("inf")
         self._listed: list[str] | None = None
         self._listed_at = -float("inf")
         self._is_listing_broken = False
@@ -111,7 +115,7 @@ class RemoteNames:
             self._known.move_to_end(name)
         age_s = float("inf") if known is None else self._clock() - known.asked_at
         if known is not None and age_s < policy.poll_interval_s:
-            if age_s >= policy.poll_interval_s / 2:
+            if age_s >= policy.poll_interval_s / 2 and not self._is_refused(known):
                 self._refresh(name)
             return known.version
         if known is not None and policy.on_source_down == "serve":
@@ -147,9 +151,11 @@ class RemoteNames:
             except AdapterNotFound:
                 version = None
             except AdapterError as error:
-                # clients may name what is not for this server's key: that says nothing of other names
-                if isinstance(error, AdapterUnavailable) or (isinstance(error, AdapterDenied) and name in self._known):
+                # clients may name what is not for this server's key, or what it can't give: that says nothing of others
+                if isinstance(error, SourceUnavailable):
                     self._note_down(error)
+                elif (known := self._known.get(name)) is not None:
+                    self._note_refused(known, error)
                 self._misses.add(name, error)
                 raise
         self._times.add({"resolve": time.perf_counter() - started_s})
@@ -207,11 +213,12 @@ class RemoteNames:
     async def _resolve_known(self, name: str) -> SourceVersion | None:
         """For a name whose last version may be served: waits for the source, but not for long."""
         before = self._known[name]
-        if not self._is_down or self._clock() - self._down_at >= self._policy.miss_ttl_s:
+        is_due = not self._is_down or self._clock() - self._down_at >= self._policy.miss_ttl_s
+        if is_due and not self._is_refused(before):
             self._down_at = self._clock()  # of many requests in an outage one waits, now and then
             done, _ = await asyncio.wait({self._refresh(name)}, timeout=self._policy.patience_s)
             if not done:
-                self._note_down(AdapterUnavailable(f"no answer within {self._policy.patience_s:g} s"))
+                self._note_down(SourceUnavailable(f"no answer within {self._policy.patience_s:g} s"))
         known = self._known.get(name)
         if known is before:
             self.stale_uses += 1
@@ -278,6 +285,16 @@ class RemoteNames:
             return  # `_down_at` stays: failures, however many, put off no question that is due
         log.warning("%s can't be asked; what is known of it is used: %s", self.remote.source, error.message)
         self._is_down, self._down_at = True, self._clock()
+
+    def _note_refused(self, known: _Known, error: AdapterError) -> None:
+        known.refused_at = self._clock()
+        if known.refused_at - self._told_at >= REFUSALS_TOLD_S:
+            source, name = self.remote.source, known.version.name
+            log.warning("%s does not give %s; what is known of it is used: %s", source, name, error.message)
+            self._told_at = known.refused_at
+
+    def _is_refused(self, known: _Known) -> bool:
+        return self._clock() - known.refused_at < self._policy.miss_ttl_s
 
     def _note_up(self) -> None:
         if self._is_down:

@@ -14,7 +14,7 @@ import msgspec
 
 from adapters_store.chat_template import AdapterTemplate, check_template_sizes, read_chat_template
 from adapters_store.disk_threads import in_raw_thread
-from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged
+from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged, reason_of
 from adapters_store.flights import Flights, turn
 from adapters_store.folder_names import FolderNames
 from adapters_store.histogram import PhaseTimes
@@ -313,8 +313,9 @@ class RemoteTier:
                 self.raw.adopt(version, folder, sha256)
                 folder = None
             except OSError as error:
-                reason = error.strerror or repr(error)
-                raise AdapterUnavailable(f"the files of adapter {version.name} can't be kept: {reason}") from error
+                raise AdapterUnavailable(
+                    f"the files of adapter {version.name} can't be kept: {reason_of(error)}"
+                ) from error
             finally:
                 if folder is not None:
                     self.raw.abandon(folder)

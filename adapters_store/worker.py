@@ -20,7 +20,7 @@ from adapters_store.child import IMPORT_ROOT, LENGTH_BYTES, end_with_parent, fra
 from adapters_store.compile.base import BaseWeights
 from adapters_store.compile.job import CompileJob, CompileResult, run_job
 from adapters_store.disk_threads import give_way
-from adapters_store.errors import AdapterError, AdapterUnavailable, adapter_error
+from adapters_store.errors import AdapterError, AdapterUnavailable, adapter_error, reason_of
 from adapters_store.inspect import AdapterReport, InspectJob, run_inspection
 from adapters_store.manifest import BaseManifest, read_manifest
 
@@ -210,7 +210,8 @@ def _run(message: bytes, manifest: BaseManifest, base: BaseWeights) -> JobDone |
     except AdapterError as error:
         return JobFailed(error.code, error.message)
     except (OSError, MemoryError) as error:
-        return JobFailed(AdapterUnavailable.code, f"adapter {job.version.name} can't be compiled now: {error!r}")
+        why = f"adapter {job.version.name} can't be compiled now: {reason_of(error)}"
+        return JobFailed(AdapterUnavailable.code, why)
     except Exception as error:  # the process boundary: a fault of ours costs one adapter, not the compiler
         logging.getLogger(__name__).exception("compiling adapter %s", job.version.name)
         return JobFailed(AdapterError.code, f"compiling adapter {job.version.name} failed: {error!r}")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from adapters_store.errors import AdapterError
+from adapters_store.errors import AdapterError, reason_of
 from server.api.adapter_bodies import FileEntry
 from server.api.naming import AdapterNames, message_of
 from server.desired_file import AdaptersFile, Signature, read_adapters_file
@@ -129,7 +129,7 @@ class DesiredAdapters:
             now: Signature | None = await asyncio.to_thread(Signature.of, path)
         except OSError as error:
             self._seen = self._read = None
-            self._refuse(f"{path}: {error.strerror or error!r}")
+            self._refuse(f"{path}: {reason_of(error)}")
             return
         was_seen, self._seen = now == self._seen, now
         if not was_seen or now == self._read:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from adapters_store.errors import reason_of
 from adapters_store.ref import is_adapter_name
 from server.api.adapter_bodies import FileEntry
 from server.errors import ConfigError
@@ -80,7 +81,7 @@ def read_adapters_file(path: Path, base_names: Sequence[str] = ()) -> AdaptersFi
         if Signature.of(path) != signature:
             raise ConfigError(f"{path}: it changed while it was read")
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error!r}") from error
+        raise ConfigError(f"{path}: {reason_of(error)}") from error
     entries = _entries(_parsed(path, content), str(path), base_names)
     return AdaptersFile(path, signature, entries, hashlib.sha256(content).hexdigest())
 

@@ -13,6 +13,7 @@ import uvloop
 from rich.console import Console
 
 from adapters_store.catalog import Catalog
+from adapters_store.errors import reason_of
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest, read_manifest
 from adapters_store.remote_tier import RemoteTier
@@ -120,7 +121,7 @@ def _open_store(
         assign_modules(catalog, config.lora_modules)
         return AdapterStore(cache_dir, manifest, catalog, limits=limits, quota_bytes=config.disk_quota)
     except OSError as error:
-        raise ConfigError(f"--cache-dir {cache_dir}: {error.strerror or error!r}") from error
+        raise ConfigError(f"--cache-dir {cache_dir}: {reason_of(error)}") from error
 
 
 def _open_sources(config: ServerConfig) -> list[LocalSource | RemoteSource]:

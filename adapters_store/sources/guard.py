@@ -194,9 +194,14 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         last: httpx.TransportError | None = None
         for address in addresses:
             try:
-                return await transport.handle_async_request(_pinned(request, origin, address))
+                response = await transport.handle_async_request(_pinned(request, origin, address))
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 last = error
+                continue
+            if not _leads_somewhere(request, response):  # httpx would call it a broken connection
+                await response.aclose()
+                raise Refused("a redirect to what is no URL")
+            return response
         raise last or httpx.ConnectError(f"{origin.host} has no address", request=request)
 
     async def aclose(self) -> None:
@@ -216,6 +221,14 @@ def _pinned(request: httpx.Request, origin: Origin, address: str) -> httpx.Reque
     if origin.scheme == "https":
         extensions["sni_hostname"] = origin.host
     return httpx.Request(request.method, url, headers=request.headers, stream=request.stream, extensions=extensions)
+
+
+def _leads_somewhere(request: httpx.Request, response: httpx.Response) -> bool:
+    """Whether a redirect's address is one; true for what is no redirect."""
+    try:
+        return not response.has_redirect_location or bool(request.url.join(response.headers["location"]))
+    except (httpx.InvalidURL, ValueError):
+        return False
 
 
 def allowed_origins(primary: Origin, further: Iterable[str], *, allow_http: bool) -> frozenset[Origin]:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from adapters_store.errors import AdapterUnavailable
+from adapters_store.errors import AdapterUnavailable, SourceUnavailable
 from adapters_store.limits import Limits
 from adapters_store.ref import FileVersion, SourceVersion, is_adapter_name
 from adapters_store.sources.folder import CONFIG_FILE, NOTED_FILES, FileChanged
@@ -164,11 +164,11 @@ class HubSource:
 def hub_token() -> str | None:
     """The token in HF_TOKEN, or in the file that the hub's own tools keep it in.
 
-    AdapterUnavailable when that can't be a token.
+    SourceUnavailable when that can't be a token.
     """
     token = (os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or _token_file()).strip()
     if not token.isascii():
-        raise AdapterUnavailable("the hub's token is not ASCII text: see HF_TOKEN, or the token file")
+        raise SourceUnavailable("the hub's token is not ASCII text: see HF_TOKEN, or the token file")
     return token or None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from adapters_store.errors import AdapterUnavailable
+from adapters_store.errors import SourceUnavailable
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Retry:
     async def run(
         self, what: str, request: Callable[[], Awaitable[T]], *, progress: Callable[[], int] = lambda: 0
     ) -> T:
-        """The result of `request`, which is tried anew after a Passing; then AdapterUnavailable.
+        """The result of `request`, which is tried anew after a Passing; then SourceUnavailable.
 
         `what` begins the message: what was asked of whom. `progress` is how far the tries have come: one that came
         further than all before it counts as the first.
@@ -51,7 +51,7 @@ class Retry:
                 pause = max(self._pause_s(attempt), failure.after_s)
                 if attempt == self.attempts or time.monotonic() - started + pause > self.total_s:
                     tries = "1 try" if attempt == 1 else f"{attempt} tries"
-                    raise AdapterUnavailable(f"{what}: {failure}, after {tries}") from None
+                    raise SourceUnavailable(f"{what}: {failure}, after {tries}") from None
             await asyncio.sleep(pause)
             attempt += 1
 

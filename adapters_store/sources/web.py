@@ -17,7 +17,7 @@ from typing import TypeVar
 import httpx
 import msgspec
 
-from adapters_store.errors import AdapterDenied, AdapterUnavailable
+from adapters_store.errors import AdapterDenied, AdapterUnavailable, SourceUnavailable
 from adapters_store.limits import Limits
 from adapters_store.ref import FileVersion, SourceVersion, is_adapter_name
 from adapters_store.sources.folder import CONFIG_FILE, NOTED_FILES, FileChanged
@@ -160,7 +160,7 @@ class WebClient:
             raise Passing("it does not answer in time") from None
         except httpx.TransportError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise AdapterUnavailable(f"{self.source}: the server's certificate is not valid") from None
+                raise SourceUnavailable(f"{self.source}: the server's certificate is not valid") from None
             raise Passing(f"the connection failed ({type(error).__name__})") from None
 
     def check_status(self, response: httpx.Response) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from adapters_store.errors import AdapterUnavailable
+from adapters_store.errors import SourceUnavailable
 from adapters_store.limits import Limits
 from adapters_store.raw import fetched_files
 from adapters_store.ref import FileVersion, SourceVersion
@@ -89,4 +89,4 @@ class FakeSource:
 
 
 def _down(call: str) -> None:
-    raise AdapterUnavailable(f"the fake source is down ({call})")
+    raise SourceUnavailable(f"the fake source is down ({call})")

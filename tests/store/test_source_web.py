@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.errors import AdapterCorrupt, AdapterDenied, AdapterTooLarge, AdapterUnavailable
+from adapters_store.errors import AdapterCorrupt, AdapterDenied, AdapterTooLarge, AdapterUnavailable, SourceUnavailable
 from adapters_store.limits import Limits
 from adapters_store.ref import SourceVersion
 from adapters_store.remote_names import MAX_QUESTIONS
@@ -234,7 +234,7 @@ async def test_what_may_pass_is_tried_again(source, server, tmp_path, answer):
     await source.fetch(version, tmp_path, Limits())
     assert content(tmp_path) == FILES
     server.special[f"{FR}/adapter_config.json"] = failing(3, answer)
-    with pytest.raises(AdapterUnavailable, match="after 3 tries"):
+    with pytest.raises(SourceUnavailable, match="after 3 tries"):
         await source.fetch(version, tmp_path, Limits())
 
 
@@ -268,9 +268,9 @@ async def test_denied_is_said_at_once(source, server, status):
 
 async def test_another_status_is_unavailable_at_once(source, server):
     server.special[f"{FR}/adapter_config.json"] = lambda _: (418, {}, b"")
-    with pytest.raises(AdapterUnavailable, match="HTTP 418"):
+    with pytest.raises(AdapterUnavailable, match="HTTP 418") as caught:
         await source.resolve("fr")
-    assert len(server.requests) == 1
+    assert len(server.requests) == 1 and not isinstance(caught.value, SourceUnavailable)
 
 
 async def test_more_bytes_than_noted_are_not_written(source, server, tmp_path):
@@ -401,9 +401,18 @@ async def test_redirects_that_are_refused(source, server, other, tmp_path, metho
         server.special[f"{FR}/adapter_config.json" if method == "HEAD" else MODEL] = redirect(target)
         with pytest.raises(AdapterUnavailable) as caught:
             await (source.resolve("fr") if method == "HEAD" else source.fetch(version, tmp_path, Limits()))
-        assert "refused" in caught.value.message or "connection failed" in caught.value.message
+        assert "refused" in caught.value.message and not isinstance(caught.value, SourceUnavailable)
         server.special.clear()
     assert not other.requests
+
+
+@pytest.mark.parametrize("target", ["http://[", "//[", "http://a b:x/", "http://here:port/", "http://[::1]]/"])
+async def test_a_redirect_to_what_is_no_url_is_refused_at_once(source, server, target):
+    """It says nothing of the connection, and the next try would bring the same."""
+    server.special[f"{FR}/adapter_config.json"] = redirect(target)
+    with pytest.raises(AdapterUnavailable, match="refused") as caught:
+        await source.resolve("fr")
+    assert len(server.requests) == 1 and not isinstance(caught.value, SourceUnavailable)
 
 
 async def test_redirects_are_followed_to_allowed_hosts_without_credentials(server, other, tmp_path, monkeypatch):

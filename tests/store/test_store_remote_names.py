@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from adapters_store.catalog import Catalog
-from adapters_store.errors import AdapterDenied, AdapterError, AdapterNotFound, AdapterUnavailable
+from adapters_store.errors import AdapterDenied, AdapterError, AdapterNotFound, AdapterUnavailable, SourceUnavailable
 from adapters_store.remote_names import MAX_QUESTIONS, NamePolicy, RemoteNames
 from adapters_store.remote_tier import RemoteTier
 from adapters_store.sources.local import LocalSource
@@ -224,7 +224,10 @@ async def test_a_source_that_does_not_answer_holds_up_a_known_name_once(source, 
     assert number(await names.resolve("fr")) == "2"
 
 
-@pytest.mark.parametrize("error", [AdapterUnavailable("no answer"), AdapterDenied("gated")])
+NOT_GIVEN = [AdapterDenied("gated"), AdapterUnavailable("HTTP 418"), AdapterUnavailable("an address was refused")]
+
+
+@pytest.mark.parametrize("error", [SourceUnavailable("no answer"), *NOT_GIVEN], ids=str)
 async def test_names_that_fail_again_and_again_keep_no_other_from_being_asked_for(source, open_names, clock, error):
     """A client that names what is not for this server's key does not freeze what others use."""
     names, resolve, asked = open_names(), source.resolve, Counter()
@@ -246,10 +249,43 @@ async def test_names_that_fail_again_and_again_keep_no_other_from_being_asked_fo
             await names.resolve(f"gated{turn}")
         found.append(number(await names.resolve("fr")))
         await settled(names)
-    if isinstance(error, AdapterDenied):
-        assert found == ["2"] * 5 and names.stale_uses == 0
-    else:  # a source that may be down is asked for it now and then
+    if isinstance(error, SourceUnavailable):  # a source that may be down is asked for it now and then
         assert found[-1] == "2"
+    else:
+        assert found == ["2"] * 5 and names.stale_uses == 0
+
+
+@pytest.mark.parametrize("error", NOT_GIVEN, ids=str)
+async def test_one_known_name_that_is_not_given_is_no_outage(source, open_names, clock, caplog, error):
+    """It goes on as it was and is asked for now and then; the others are asked for as ever."""
+    names, resolve, asked = open_names(), source.resolve, Counter()
+    source.put("odd", ONE)
+    for name in ("fr", "odd"):
+        await names.resolve(name)
+
+    async def not_given(name: str):
+        asked[name] += 1
+        if name == "odd":
+            raise error
+        return await resolve(name)
+
+    source.resolve = not_given
+    for put in range(3, 13):
+        source.put("fr", ONE if put % 2 else TWO)
+        clock.now += 10
+        assert number(await names.resolve("odd")) == "2"
+        for _ in range(5):  # remembered for a while: no further question
+            clock.now += 0.5
+            assert number(await names.resolve("odd")) == "2"
+        assert number(await names.resolve("fr")) == str(put)
+        await settled(names)
+    assert asked == {"odd": 10, "fr": 10} and names.stale_uses == 60 and not names._is_down
+    said = [record.message for record in caplog.records if "odd" in record.message]
+    assert 1 < len(said) <= 4 and all(error.message in line for line in said)  # 125 s
+    source.resolve = resolve
+    source.put("odd", TWO)
+    clock.now += 10
+    assert number(await names.resolve("odd")) == "13"
 
 
 async def test_a_question_waits_for_its_turn_a_bounded_time(source, open_names):

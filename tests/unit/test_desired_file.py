@@ -101,7 +101,7 @@ def test_other_files(tmp_path, name, content, words):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match=r": No such file or directory$"):
         read_adapters_file(tmp_path / "missing.json")
     (tmp_path / "folder.json").mkdir()
     os.mkfifo(tmp_path / "pipe.json")
