@@ -67,12 +67,15 @@ def manage_routes(service: Service) -> APIRouter:
         """Give a name an adapter: 201 when it is compiled, or with ?wait=false 202 when it was found."""
         waits = _waits(request)
         asked = await _read(service, request, NewAdapter)
-        if not waits:
-            await _give_later(service, asked)
-            return described(asked.name, await _find(service, asked.name), 202)
-        is_new = asked.path is not None or asked.source is not None
-        version = await service.names.give(asked, replaces=asked.replace, compiles=asked.preload)
-        return described(asked.name, version, 201 if is_new else 200)
+        given = "path" if asked.path is not None else "source" if asked.source is not None else None
+        try:
+            if not waits:
+                await _give_later(service, asked)
+                return described(asked.name, await _find(service, asked.name), 202)
+            version = await service.names.give(asked, replaces=asked.replace, compiles=asked.preload)
+        except AdapterError as error:
+            return error_response(error, given or "name")
+        return described(asked.name, version, 201 if given else 200)
 
     async def show(request: Request) -> Response:
         """One adapter, also one that is only on its way."""
@@ -119,13 +122,15 @@ def manage_routes(service: Service) -> APIRouter:
         asked = await _read(service, request, InspectRequest)
         if (asked.name is None) == (asked.path is None):
             raise BadRequest("Send either 'name' or 'path'", param="name")
-        if asked.path is not None:
-            version = await service.names.look_below(shown(asked.path), asked.path)
-            label = asked.path
-        else:
-            label = asked.name or ""
-            version = await service.state.catalog.resolve(label)
-        return _report(label, await service.state.store.inspect(version))
+        field, label = ("name", asked.name or "") if asked.path is None else ("path", asked.path)
+        try:
+            if asked.path is not None:
+                version = await service.names.look_below(shown(asked.path), asked.path)
+            else:
+                version = await service.state.catalog.resolve(label)
+            return _report(label, field, await service.state.store.inspect(version))
+        except AdapterError as error:
+            return error_response(error, field)
 
     for method, path, handler in (
         ("POST", "/v1/adapters", add),
@@ -197,7 +202,7 @@ def _waits(request: Request) -> bool:
     return values != ["false"]
 
 
-def _report(label: str, result: AdapterReport) -> Response:
+def _report(label: str, field: str, result: AdapterReport) -> Response:
     report: dict[str, object] = {
         "object": "adapter.report",
         "adapter": label,
@@ -219,5 +224,5 @@ def _report(label: str, result: AdapterReport) -> Response:
     if len(result.problems) > 1:
         lines = (f"{number}. {text}" for number, (_, text) in enumerate(result.problems, start=1))
         message = f"{len(result.problems)} problems: {' '.join(lines)}"
-    error = msgspec.json.decode(body_of(message, error_type(422), "name", code))
+    error = msgspec.json.decode(body_of(message, error_type(422), field, code))
     return json_response(msgspec.json.encode({**error, "report": report}), 422)

@@ -37,6 +37,7 @@ class Target:
     resolve_s: float = 0.0
     is_exact: bool = False  # the request named the version: no newer one answers in its place
     is_former: bool = False  # and the name has another by now
+    asked_s: float = 0.0  # time.monotonic() before the name was looked up: what it is was true then or later
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +46,7 @@ class Hold:
 
     version: SourceVersion | None
     is_exact: bool = False
+    asked_s: float = 0.0  # see Target
     ref: AdapterRef | None = None
     phases: dict[str, float] = field(default_factory=dict)  # of the fetch that this request waited for
 
@@ -62,6 +64,7 @@ class _Fetch:
 
     version: SourceVersion
     is_exact: bool
+    asked_s: float  # by the hold that asked last
     holds: set[Hold] = field(default_factory=set)
     task: asyncio.Task[None] | None = None
 
@@ -115,7 +118,8 @@ class AdapterSupply:
         version = current = await self._catalog.resolve(name)
         if mark:
             version = self._store.pinned(current, version_prefix)
-        return Target(name, version, time.monotonic() - started, is_exact=bool(mark), is_former=version != current)
+        resolve_s = time.monotonic() - started
+        return Target(name, version, resolve_s, is_exact=bool(mark), is_former=version != current, asked_s=started)
 
     async def chat_template(self, target: Target) -> AdapterTemplate | None:
         """The adapter's own chat template, of exactly the target's version; None when the base's is its template.
@@ -136,14 +140,14 @@ class AdapterSupply:
     def hold(self, target: Target) -> Hold:
         """A claim on the image of the target's version, leased at once if it is on disk. Ends with release()."""
         version = target.version
-        hold = Hold(version, target.is_exact)
+        hold = Hold(version, target.is_exact, target.asked_s)
         if version is None:
             return hold
         self.usage.used(version.name)
         if (ref := self._store.lookup(version.key)) is not None:
             self._lease(hold, ref)
             if not target.is_exact:
-                self.pins.follow(ref)
+                self.pins.follow(ref, target.asked_s)
         return hold
 
     async def compile(self, version: SourceVersion) -> AdapterRef:
@@ -164,9 +168,10 @@ class AdapterSupply:
             return
         fetch = self._fetches.get(key)
         if fetch is None:
-            fetch = self._fetches[key] = _Fetch(hold.version, hold.is_exact)
+            fetch = self._fetches[key] = _Fetch(hold.version, hold.is_exact, hold.asked_s)
             fetch.task = asyncio.create_task(self._run(key, fetch), name=f"fetch {hold.version.name}")
         fetch.holds.add(hold)
+        fetch.asked_s = max(fetch.asked_s, hold.asked_s)
 
     def discard(self, hold: Hold) -> None:
         """The engine found the image damaged: the next request compiles it anew."""
@@ -197,7 +202,7 @@ class AdapterSupply:
                 self._lease(hold, ref)
                 hold.phases = _phases(self._store.phases(fetch.version.key))
             if not fetch.is_exact or self.pins.keeps(ref):
-                self.pins.renew(ref)
+                self.pins.renew(ref, fetch.asked_s)
             self._engine.adapter_ready(key, ref)
         except AdapterError as error:
             self._engine.adapter_failed(key, error.http_status, error.code, error.message)

@@ -121,7 +121,7 @@ async def test_what_went_wrong_while_nobody_waited_is_told_until_it_goes_well(se
 
 
 async def test_what_is_wrong_at_once_is_an_answer_without_waiting_too(served):
-    check_error(await add(served, "q", "nothing", "?wait=false"), 404, "model_not_found", "name", "nothing")
+    check_error(await add(served, "q", "nothing", "?wait=false"), 404, "model_not_found", "path", "nothing")
     check_error(await add(served, "q", "/etc", "?wait=false"), 400, "invalid_value", "path")
     check_error(await add(served, "support-fr", "team/sql", "?wait=false"), 409, "adapter_exists", "name")
     check_error(await ask(served, "GET", "/q"), 404, "model_not_found", "name")
@@ -153,7 +153,7 @@ async def test_a_taken_name_is_replaced_only_when_asked_to(served):
     check_error(await add(served, "q", "support-fr"), 409, "adapter_exists", "name", "'q'", "replace")
     check_error(await add(served, "support-fr", "team/sql"), 409, "adapter_exists", "name")
     served.store.errors["q"] = AdapterCorrupt("cut short")
-    check_error(await add(served, "q", "support-fr", replace=True), 422, "adapter_corrupt", "name", "cut short")
+    check_error(await add(served, "q", "support-fr", replace=True), 422, "adapter_corrupt", "path", "cut short")
     assert (await ask(served, "GET", "/q")).json()["root"] == "team/sql"  # the old one goes on
     del served.store.errors["q"]
     assert (await add(served, "q", "support-fr", replace=True)).status_code == 201
@@ -290,7 +290,7 @@ async def test_a_pin_that_can_never_fit_changes_nothing(tokenizer, adapters_dir,
     monkeypatch.setattr(Pins, "check", refuse_all)
     async with serve(tokenizer, adapters_dir, may_load_adapters=True) as served:
         check_error(await act(served, "team/sql", "pin"), 422, "adapter_too_large", "name", "adapter memory")
-        check_error(await add(served, "q", "team/sql", pin=True), 422, "adapter_too_large", "name")
+        check_error(await add(served, "q", "team/sql", pin=True), 422, "adapter_too_large", "path")
         assert served.engine.pinned == [] and "q" not in await listed(served) and not +served.store.leases
 
 
@@ -404,7 +404,7 @@ async def test_a_remote_adapter_under_another_name(served, far):
     check_error(await ask(served, "GET", "/near"), 404, "model_not_found", "name")
     for wrong in ("fake://bucket/other/far", "fake://bucket/team", "fake://bucket/team/..", "far", f"{far.source}x/y"):
         check_error(await add(served, "x", source=wrong), 400, "invalid_value", "source", "--adapter-source")
-    check_error(await add(served, "x", source=f"{far.source}/nobody"), 404, "model_not_found", "name")
+    check_error(await add(served, "x", source=f"{far.source}/nobody"), 404, "model_not_found", "source")
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ async def test_inspect_of_one_that_would_be_refused(served):
     served.store.problems = [("adapter_mismatch", "q_proj has 7 rows"), ("adapter_unsupported", "DoRA is not served")]
     response = await ask(served, "POST", "/inspect", json={"path": "team/sql"})
     error, report = response.json()["error"], response.json()["report"]
-    assert response.status_code == 422 and (error["code"], error["param"]) == ("adapter_mismatch", "name")
+    assert response.status_code == 422 and (error["code"], error["param"]) == ("adapter_mismatch", "path")
     assert "1. q_proj has 7 rows 2. DoRA is not served" in error["message"]
     assert [problem["message"] for problem in report["problems"]] == ["q_proj has 7 rows", "DoRA is not served"]
     assert not report["is_served"]
@@ -488,7 +488,7 @@ async def test_inspect_of_what_is_not_there(served):
     check_error(await inspect(json={}), 400, "invalid_value", "name", "either")
     check_error(await inspect(json={"name": "q", "path": "team/sql"}), 400, "invalid_value", "name", "either")
     check_error(await inspect(json={"name": "nobody"}), 404, "model_not_found", "name")
-    check_error(await inspect(json={"path": "nothing"}), 404, "model_not_found", "name")
+    check_error(await inspect(json={"path": "nothing"}), 404, "model_not_found", "path")
     check_error(await inspect(json={"path": "/etc"}), 400, "invalid_value", "path")
     check_error(await inspect(json={"wish": 1}), 400, "unknown_parameter", "wish")
     served.store.errors["team/sql"] = AdapterUnavailable("the compiler process died; try again")

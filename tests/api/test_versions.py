@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import logging
@@ -246,4 +247,47 @@ async def test_a_pin_of_the_operator_follows_the_name_not_a_requests_version():
         assert hold.ref is not None and engine.pinned == pinned
         supply.release(hold)
     assert +store.leases == {new.image_key: 1}
+    await engine.close()
+
+
+class OneName:
+    """A catalog with one name; `version` is what it points to."""
+
+    def __init__(self, version: SourceVersion) -> None:
+        self.version = version
+
+    async def resolve(self, name: str) -> SourceVersion:
+        return self.version
+
+
+async def test_a_request_from_before_a_replacement_does_not_move_a_pin_back():
+    engine, store = ScriptedEngine(300, 0, lambda request: doubles.Script([1])), ScriptedStore()
+    first, second, third = [SourceVersion("s", "fr", path, ()) for path in ("first", "second", "third")]
+    refs = {version: await store.ensure(version) for version in (first, second, third)}
+    pins, catalog = Pins(engine, store), OneName(first)
+    supply = AdapterSupply(engine, catalog, store, [BASE], pins)
+    pins.add(refs[first])
+    early = await supply.resolve("fr")
+    catalog.version = second
+    later = await supply.resolve("fr")
+    holds = [supply.hold(later), supply.hold(early)]
+    assert [hold.ref for hold in holds] == [refs[second], refs[first]] and pins.keeps(refs[second])
+    pins.follow(refs[third])  # given by hand: nothing is later
+    holds.append(supply.hold(later))
+    assert pins.keeps(refs[third])
+    store.on_disk.clear()  # made anew: the engine may have let go of a pin whose load failed
+    for target, repinned in ((early, []), (dataclasses.replace(early, version=third), [refs[third].image_key])):
+        engine.pinned.clear()
+        holds.append(supply.hold(target))
+        supply.fetch(holds[-1])
+        await supply._fetches[holds[-1].pending].task
+        assert engine.pinned == repinned and pins.keeps(refs[third])
+    late = await supply.resolve("fr")  # the name is another one now
+    holds.append(supply.hold(late))
+    supply.fetch(holds[-1])
+    await supply._fetches[holds[-1].pending].task
+    assert pins.keeps(refs[second])
+    for hold in holds:
+        supply.release(hold)
+    assert +store.leases == {refs[second].image_key: 1}
     await engine.close()
