@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -16,6 +17,9 @@ from adapters_store.sources.named import NamedSource
 from adapters_store.sources.remote import RemoteSource
 from adapters_store.tensorfile import shown
 
+log = logging.getLogger(__name__)
+
+MAX_REMOVED = 65_536  # names that are remembered as taken away
 MAX_TEMPLATES = 1024  # chat templates remembered, by version
 MAX_TEMPLATE_CHARS = 16 << 20  # of all of them
 
@@ -70,7 +74,7 @@ class Catalog:
         self.named = named or NamedSource()
         self.remote = remote
         self._sources = tuple(sources)
-        self._removed: set[str] = set()
+        self._removed: OrderedDict[str, None] = OrderedDict()
         self._templates: OrderedDict[str, AdapterTemplate | None] = OrderedDict()
         self._template_chars = 0
         self._base_names = frozenset(base_names)
@@ -135,19 +139,26 @@ class Catalog:
         else:
             self._take_back(version.name)
             self.named.assign(version)
-        self._removed.discard(version.name)
+        self._removed.pop(version.name, None)
         self._listed_at = -float("inf")
 
     def remove(self, name: str) -> None:
-        """Serve `name` no longer, wherever it comes from, until it is assigned again."""
+        """Serve `name` no longer, wherever it comes from, until it is assigned again.
+
+        That is remembered of the last MAX_REMOVED; of those before them a source's adapter is served again.
+        """
         self._take_back(name)
-        self._removed.add(name)
+        self._removed[name] = None
+        self._removed.move_to_end(name)
+        if len(self._removed) > MAX_REMOVED:
+            oldest, _ = self._removed.popitem(last=False)
+            log.warning("%d names were taken away after %s: what the sources have of it is served", MAX_REMOVED, oldest)
         self._listed_at = -float("inf")
 
     def release(self, name: str) -> None:
         """End what `assign` or `remove` said of a name: it is what the sources have under it."""
         self._take_back(name)
-        self._removed.discard(name)
+        self._removed.pop(name, None)
         self._listed_at = -float("inf")
 
     def is_given(self, name: str) -> bool:

@@ -27,6 +27,8 @@ from adapters_store.versions import VersionBook
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+MAX_SAME = 8
+"""Versions of one name with one image that the index keeps: files written again and again with the same content."""
 
 
 class IndexEntry(msgspec.Struct, frozen=True):
@@ -41,7 +43,7 @@ class _Resident(Resident):
     """An image file that is there."""
 
     versions: set[str] = msgspec.field(default_factory=set)
-    """version keys whose index entries name it"""
+    """version keys whose index entries name it, MAX_SAME of one name"""
     is_checked: bool = False
     """whether its header was read since this process started"""
 
@@ -132,6 +134,7 @@ class DiskImages:
         self._lru.put(ref.image_key, adopted)
         self._remember(IndexEntry(ref, version))
         self._write_entry(IndexEntry(ref, version))
+        self._forget_same(ref)
         self._lru.touch(ref.image_key)
         self._lru.evict()
 
@@ -147,11 +150,8 @@ class DiskImages:
     def discard(self, image_key: str) -> None:
         """Forget an image and delete it, leased or not: it was found damaged and will be compiled anew."""
         resident = self._lru.pop(image_key)
-        for version in resident.versions if resident else ():
-            self._refs.pop(version, None)
-            self._versions.discard(version)
-            with contextlib.suppress(OSError):
-                self._entry_path(version).unlink()
+        for key in resident.versions if resident else ():
+            self._forget_version(key)
         try:
             self.image_path(image_key).unlink(missing_ok=True)
         except OSError as error:  # a disk that has become read-only: the image is not used all the same
@@ -191,6 +191,20 @@ class DiskImages:
             ref = msgspec.structs.replace(ref, image_path=str(self.image_path(ref.image_key)))
             resident.versions.add(ref.version)
             self._remember(IndexEntry(ref, entry.version))
+            self._forget_same(ref)
+
+    def _forget_same(self, ref: AdapterRef) -> None:
+        """Drop the index entries of the name's oldest versions with this image, where there are too many."""
+        held = (key for key, _ in self._versions.of(ref.name) if self._refs[key].image_key == ref.image_key)
+        for key in list(held)[MAX_SAME:]:
+            self._residents[ref.image_key].versions.discard(key)
+            self._forget_version(key)
+
+    def _forget_version(self, key: str) -> None:
+        self._refs.pop(key, None)
+        self._versions.discard(key)
+        with contextlib.suppress(OSError):
+            self._entry_path(key).unlink()
 
     def _remember(self, entry: IndexEntry) -> None:
         ref, version = entry.ref, entry.version

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 STALE_TEMPORARY_S = 3600.0
+LOCK_S = 2.0  # that a folder's lock is waited for
 TOUCH_S = 10.0  # how exact the order of use on disk is
 
 
@@ -110,15 +111,25 @@ class LeasedLru(Generic[R]):
             self.evictions += 1
 
 
-def lock_folder(folder: Path, *, exclusive: bool) -> int:
-    """Lock a tier's folder: alone for who evicts, shared for who only adds. OSError when it is taken."""
+def lock_folder(folder: Path, *, exclusive: bool, patience_s: float = LOCK_S) -> int:
+    """Lock a tier's folder: alone for who evicts, shared for who only adds. OSError when it is taken.
+
+    It is waited for a little: a server that starts sweeps the folder alone, whatever it does later.
+    """
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise OSError(
-            error.errno,
-            f"{folder} is in use by another server, and one of the two has a disk quota: give each its own",
-        ) from error
-    return descriptor
+    until_s = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError as error:
+            if time.monotonic() >= until_s:
+                os.close(descriptor)
+                raise OSError(
+                    error.errno,
+                    f"{folder} is in use by another server, and one of the two has a disk quota: give each its own",
+                ) from error
+        except OSError:
+            os.close(descriptor)
+            raise
+        time.sleep(0.02)

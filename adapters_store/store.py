@@ -13,16 +13,17 @@ from adapters_store.catalog import Catalog, Listings
 from adapters_store.compile.job import CompileJob
 from adapters_store.compile.lower import COMPILER_VERSION
 from adapters_store.disk import DiskImages
-from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged
+from adapters_store.errors import AdapterError, AdapterNotFound, AdapterUnavailable, RawDamaged, reason_of
 from adapters_store.flights import Flights, turn
 from adapters_store.histogram import Counts, PhaseTimes
 from adapters_store.inspect import AdapterReport, InspectJob
 from adapters_store.limits import Limits
 from adapters_store.manifest import BaseManifest, write_manifest
 from adapters_store.misses import Misses
-from adapters_store.ref import AdapterRef, SourceVersion, image_key_of
+from adapters_store.ref import AdapterRef, SourceVersion
 from adapters_store.remote_tier import Fetched, RemoteTier
 from adapters_store.sources.folder import FileChanged
+from adapters_store.sweep import MANIFEST_SUFFIX, scope_of, sweep_other_compilers
 from adapters_store.versions import Held, find_version
 from adapters_store.worker import CompileWorker
 
@@ -83,10 +84,10 @@ class AdapterStore:
     ) -> None:
         self.catalog = catalog
         self._limits = limits or Limits()
-        # the index is per base, dtype and compiler: the same files become another image for another base
-        scope = image_key_of("", manifest.digest, COMPILER_VERSION, manifest.dtype)[:16]
+        scope = scope_of(manifest.digest, COMPILER_VERSION, manifest.dtype)
+        sweep_other_compilers(cache_dir.absolute(), COMPILER_VERSION)
         self.disk = DiskImages(cache_dir, quota_bytes, scope=scope, grace_s=eviction_grace_s)
-        manifest_path = cache_dir.absolute() / "index" / f"{scope}.manifest.json"
+        manifest_path = cache_dir.absolute() / "index" / f"{scope}{MANIFEST_SUFFIX}"
         write_manifest(manifest, manifest_path)
         self.worker = CompileWorker(manifest_path, timeout_s=compile_timeout_s)
         self._flights: Flights[AdapterRef] = Flights()
@@ -227,8 +228,7 @@ class AdapterStore:
                 return await self._compile(version, time.perf_counter())
             return await self._fetch_and_compile(version, remote)
         except OSError as error:
-            reason = error.strerror or repr(error)
-            raise AdapterUnavailable(f"adapter {version.name} can't be kept on disk: {reason}") from error
+            raise AdapterUnavailable(f"adapter {version.name} can't be kept on disk: {reason_of(error)}") from error
 
     async def _fetch_and_compile(self, asked: SourceVersion, remote: RemoteTier) -> AdapterRef:
         """Like `_compile`, from the raw tier. What was replaced meanwhile is fetched as it is now."""

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  (its OpenMP runtime must be mapped before a library that shares it)
 
+from kernels.cpu.kept import note_use, sweep
 from kernels.cpu.library import Library
 
 log = logging.getLogger(__name__)
@@ -140,11 +141,15 @@ def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
     except BuildError as error:
         path = _of_another_compiler(cache, name, error)
     else:
+        note_use(path)  # before it is looked at: then no other process's sweep takes it
         _ensure_built(compiler, level, sources, path)
     try:
-        return Library(path, level)
+        library = Library(path, level)
     except OSError as error:
         raise BuildError(f"{path} was built and does not load: {error}") from error
+    note_use(path)
+    sweep(cache)
+    return library
 
 
 def find_compiler() -> list[str]:

@@ -13,10 +13,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from adapters_store.disk import DiskImages
+from adapters_store.disk import MAX_SAME, DiskImages
 from adapters_store.errors import AdapterUnavailable
 from adapters_store.image import read_header, write_image
-from adapters_store.ref import AdapterRef
+from adapters_store.ref import AdapterRef, SourceVersion
 from tests.store.images import compile_folder
 
 
@@ -128,6 +128,31 @@ def test_a_damaged_image_that_cant_be_deleted_is_not_used(tmp_path, template):
     disk.image_path("a").mkdir()
     assert disk.find("version-a") is None
     assert disk.num_images == disk.bytes_used == 0
+
+
+def test_versions_of_one_name_with_one_image_are_bounded(tmp_path, template):
+    """Files that are written again and again with the same content; another name's, and another image's, stay."""
+    disk = DiskImages(tmp_path)
+    other = compiled(disk, template, "a", SourceVersion("s", "other", "p", ()).key)
+    disk.adopt(msgspec.structs.replace(other, name="other"), SourceVersion("s", "other", "p", ()))
+    versions = [SourceVersion("s", "fr", f"p{number}", ()) for number in range(MAX_SAME + 5)]
+    before = adopted(disk, template, "before", versions[0])
+    for version in versions[1:]:
+        adopted(disk, template, "a", version)
+    for again in (disk, DiskImages(tmp_path)):
+        assert [key for key, _ in again.versions_of("fr")] == [v.key for v in reversed(versions[5:])] + [before.version]
+        assert again.find(other.version) and again.find(before.version) and again.find(versions[-1].key)
+        assert again.find(versions[4].key) is None
+        assert len(list(tmp_path.glob("index/*/*.json"))) == MAX_SAME + 2
+    disk.discard("a")
+    assert len(list(tmp_path.glob("index/*/*.json"))) == 1
+
+
+def adopted(disk: DiskImages, template: Path, key: str, version: SourceVersion) -> AdapterRef:
+    ref = msgspec.structs.replace(compiled(disk, template, key, version.key), name=version.name)
+    disk.adopt(ref, version)
+    os.utime(disk._entry_path(version.key), (disk._clock(),) * 2)
+    return ref
 
 
 def test_the_least_recently_used_goes_but_not_what_is_leased(tmp_path, template):

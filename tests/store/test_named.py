@@ -120,6 +120,17 @@ async def test_a_given_names_files_are_read_anew(catalog, root):
     assert (await catalog.resolve("x")).key != before.key
 
 
+async def test_names_that_were_taken_away_are_bounded(catalog, monkeypatch, caplog):
+    monkeypatch.setattr("adapters_store.catalog.MAX_REMOVED", 3)
+    for name in ("fr", "a", "fr", "b", "c"):  # taken away again: among the last
+        catalog.remove(name)
+    with pytest.raises(AdapterNotFound):
+        await catalog.resolve("fr")
+    assert "a: what the sources have of it is served" in caplog.text
+    catalog.remove("d")
+    assert (await catalog.resolve("fr")).name == "fr" and len(catalog._removed) == 3
+
+
 async def test_a_removed_name_stays_away_until_it_is_given_again(catalog, root):
     assert await names(catalog) == ["fr", "team/sql"]
     catalog.remove("fr")
