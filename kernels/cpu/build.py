@@ -140,6 +140,7 @@ def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
         path = cache / f"{name}-{_identity(compiler)}.so"
     except BuildError as error:
         path = _of_another_compiler(cache, name, error)
+        note_use(path)
     else:
         note_use(path)  # before it is looked at: then no other process's sweep takes it
         _ensure_built(compiler, level, sources, path)
@@ -147,7 +148,6 @@ def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
         library = Library(path, level)
     except OSError as error:
         raise BuildError(f"{path} was built and does not load: {error}") from error
-    note_use(path)
     sweep(cache)
     return library
 

@@ -60,6 +60,14 @@ def test_a_library_that_is_opened_is_in_use(tmp_path):
     assert first.exists() and not other.exists()
 
 
+def test_a_library_that_is_opened_without_a_compiler_is_in_use_too(tmp_path, monkeypatch):
+    opened = build.open_library("portable", tmp_path)
+    os.utime(opened.path, (0, 0))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for _ in range(2):
+        assert build.open_library("portable", tmp_path).path == opened.path
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     assert sweep(tmp_path / "none", NOW) == 0
     note_use(tmp_path / "none" / "a.so", NOW)
