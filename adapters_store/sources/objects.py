@@ -67,6 +67,8 @@ class ObjectSource:
         self._transfer = options.transfer
         self._read_timeout_s = options.read_timeout_s
         self._outlet = outlet
+        # what obstore's errors say, without a status, of a request that the proxy setting has closed
+        self._refusals = ("error following redirect", "TunnelUnsuccessful", f"127.0.0.1:{outlet.getsockname()[1]},")
 
     async def resolve(self, name: str) -> SourceVersion | None:
         """See RemoteSource; one LIST, which has size, ETag and date of every file, or a HEAD for each."""
@@ -212,7 +214,15 @@ class ObjectSource:
             if number or "redirect without" in text:
                 why = said or "a redirect to nowhere, as stores send for the wrong region or endpoint"
                 raise AdapterUnavailable(f"{self.source}: {why}") from None
-            raise Passing("the connection failed, or a redirect was refused") from None
+            if any(mark in str(error) for mark in self._refusals):
+                raise AdapterUnavailable(
+                    f"{self.source}: a redirect, or another host than the store's, was refused"
+                ) from None
+            if "non-partial response" in text:
+                raise AdapterUnavailable(
+                    f"{self.source}: it gives whole files where parts of them are asked for"
+                ) from None
+            raise Passing("the connection failed") from None
 
     def _checksum(self, file: FileVersion) -> Checksum | None:
         """An S3 ETag of that form is the MD5 of the object, unless that is encrypted with a key of its own."""

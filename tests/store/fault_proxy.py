@@ -152,6 +152,8 @@ class FaultProxy:
     async def _send(self, kind: str, value: str, head: bytes, body: bytes, writer: asyncio.StreamWriter) -> None:
         if kind == "corrupt":
             body = body[:-1] + bytes([body[-1] ^ 1])
+        elif kind == "whole":  # a store that knows no ranges
+            head = re.sub(rb"(?i)\r\ncontent-range: [^\r]*", b"", head).replace(b" 206 ", b" 200 ", 1)
         elif kind == "etag":
             head = re.sub(rb"(?i)\r\netag: [^\r]*", b'\r\nETag: "' + value.encode() + b'"', head)
         writer.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))

@@ -303,6 +303,22 @@ async def test_a_redirect_goes_nowhere(source, proxy, tmp_path, where):
     assert not reached
 
 
+async def test_a_redirect_to_https_is_refused_at_once(source, proxy):
+    proxy.always[:] = [("list-type", "redirect:https://localhost:1/")]
+    with pytest.raises(AdapterUnavailable, match="refused") as caught:
+        await source.resolve("fr")
+    assert not isinstance(caught.value, SourceUnavailable)
+    assert sum(request.method == "GET" for request in proxy.requests) == 1  # the other is its CONNECT
+
+
+async def test_a_store_that_knows_no_ranges_is_told_of_at_once(source, proxy, tmp_path):
+    version = await resolved(source)
+    proxy.always.append(("safetensors", "whole"))
+    with pytest.raises(AdapterUnavailable, match="it gives whole files where parts of them are asked for") as caught:
+        await source.fetch(version, tmp_path, Limits())
+    assert not isinstance(caught.value, SourceUnavailable)
+
+
 async def test_a_redirect_goes_nowhere_over_https(server, monkeypatch, tmp_path):
     """The other hosts there are 127.0.0.1, whose certificate is fine, and http."""
     authority = Authority(tmp_path)
@@ -323,8 +339,12 @@ async def test_a_redirect_goes_nowhere_over_https(server, monkeypatch, tmp_path)
             "http://169.254.169.254/latest/meta-data",
         ):
             proxy.always[:] = [("list-type", f"redirect:{target}")]
-            with pytest.raises(AdapterUnavailable, match="redirect was refused"):
+            before = len(proxy.requests)
+            with pytest.raises(
+                AdapterUnavailable, match="a redirect, or another host than the store's, was refused"
+            ) as caught:
                 await source.resolve("fr")
+            assert len(proxy.requests) == before + 1 and not isinstance(caught.value, SourceUnavailable)
         await source.close()
         assert other.connections == plain.connections == 0
 
