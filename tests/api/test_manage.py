@@ -442,7 +442,12 @@ async def test_prefetches_that_can_come_to_nothing(served, monkeypatch):
     assert (await act(served, "team/sql", "prefetch")).status_code == 202  # an old failure says nothing of a new load
     served.engine.is_crowded = False
     assert (await act(served, "team/sql", "prefetch")).status_code == 200
-    served.engine.ready = type(served.engine.ready)(**{**as_dict(served.engine.ready), "host_bytes": 0})
+    ready = as_dict(served.engine.ready)
+    served.engine.ready = type(served.engine.ready)(**{**ready, "host_bytes": 0, "adapter_bytes": 1})
+    before = len(served.engine.prefetched)
+    response = await act(served, "team/sql", "prefetch")
+    check_error(response, 422, "adapter_too_large", "name", "--adapter-memory")
+    assert len(served.engine.prefetched) == before
     response = await act(served, "team/sql", "prefetch", json={"tier": "host"})
     check_error(response, 400, "invalid_value", "tier", "--host-memory")
     assert not +served.store.leases
