@@ -78,6 +78,7 @@ class DiskImages:
         self._sweep_temporaries(are_ours=quota_bytes is not None)
         self._load_images()
         self._load_index()
+        self._lru.evict()  # the quota may be another one than before
 
     @property
     def bytes_used(self) -> int:
@@ -159,6 +160,7 @@ class DiskImages:
 
     def close(self) -> None:
         """Let another process have the folder. Closing twice is fine."""
+        self._lru.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -34,7 +35,7 @@ class LeasedLru(Generic[R]):
 
     With a quota, unleased residents go, least recently used first; one used in the last `grace_s` seconds
     stays, so that it can't vanish between its arrival and the lease on it. The quota may be exceeded by what
-    is leased or just used. Without a quota nothing goes.
+    is leased or just used; on an event loop that is looked at again when it is no longer. Without a quota nothing goes.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class LeasedLru(Generic[R]):
         self._path_of = path_of
         self._drop = drop
         self._grace_s = grace_s
+        self._later: asyncio.TimerHandle | None = None
         self._clock = clock
 
     def put(self, key: str, resident: R) -> None:
@@ -100,15 +102,29 @@ class LeasedLru(Generic[R]):
         """Bring the folder back under its quota, as far as leases and uses of late allow."""
         if self._quota_bytes is None or self.bytes_used <= self._quota_bytes:
             return
-        now = self._clock()
+        now, is_early = self._clock(), False
         for key, resident in sorted(self.residents.items(), key=lambda item: item[1].used_at):
             if self.bytes_used <= self._quota_bytes:
                 return
+            if self.leases.get(key):
+                continue
             # a use in the future is another machine's clock, or this one's was put back
-            if self.leases[key] or abs(now - resident.used_at) < self._grace_s:
+            if abs(now - resident.used_at) < self._grace_s:
+                is_early = True
                 continue
             self._drop(key)
             self.evictions += 1
+        if is_early and self._later is None and self.bytes_used > self._quota_bytes:
+            with contextlib.suppress(RuntimeError):  # no event loop: at the next release, then
+                self._later = asyncio.get_running_loop().call_later(self._grace_s, self._evict_later)
+
+    def close(self) -> None:
+        """Nothing goes any more: another process may have the folder. From any thread."""
+        self._quota_bytes = None
+
+    def _evict_later(self) -> None:
+        self._later = None
+        self.evict()
 
 
 def lock_folder(folder: Path, *, exclusive: bool, patience_s: float = LOCK_S) -> int:

@@ -112,6 +112,7 @@ class RawFiles:
         self._versions = VersionBook()
         self._sweep_temporaries(are_ours=quota_bytes is not None)
         self._load()
+        self._lru.evict()  # the quota may be another one than before
 
     @property
     def bytes_used(self) -> int:
@@ -233,6 +234,7 @@ class RawFiles:
 
     def close(self) -> None:
         """Wait for what is being deleted and let another process have the folder. Closing twice is fine."""
+        self._lru.close()
         wait(tuple(self._removals))
         if self._lock is not None:
             os.close(self._lock)

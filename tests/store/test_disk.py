@@ -205,6 +205,17 @@ def test_the_order_of_use_survives_a_restart(tmp_path, template):
     assert disk.find("version-b") is None
 
 
+def test_a_lower_quota_holds_from_the_start_on(tmp_path, template):
+    clock = Clock()
+    disk = DiskImages(tmp_path, clock=clock)
+    for key in "abc":
+        disk.adopt(compiled(disk, template, key))
+    disk.close()
+    clock.now += 100
+    again = DiskImages(tmp_path, template.stat().st_size, clock=clock)
+    assert again.num_images == 1 and again.find("version-c") is not None
+
+
 def test_who_evicts_is_alone_in_the_folder(tmp_path):
     sharing = [DiskImages(tmp_path), DiskImages(tmp_path)]
     with pytest.raises(OSError, match="in use by another server"):

@@ -296,6 +296,34 @@ def test_a_use_in_the_future_keeps_nothing_for_ever(tmp_path):
     assert abs((tmp_path / "ahead").stat().st_mtime - clock.now) < TOUCH_S
 
 
+async def test_what_the_grace_kept_goes_when_it_is_over_though_nobody_asks(tmp_path):
+    """Two arrive and one is leased; nothing happens then until the lease ends."""
+    raw = RawFiles(tmp_path, 1, grace_s=0.05)
+    a, b = bring(raw, "a"), bring(raw, "b")
+    assert raw.lease(a.key) and raw.peek(b.key)
+    async with asyncio.timeout(10):
+        while raw.peek(b.key):
+            await asyncio.sleep(0.01)
+        assert raw.peek(a.key)
+        raw.release(a.key)  # used moments ago: within the grace anew
+        while raw.num_entries:
+            await asyncio.sleep(0.01)
+    kept = bring(raw, "c")
+    raw.close()
+    await asyncio.sleep(0.2)
+    assert raw.peek(kept.key) and left(tmp_path) == {kept.key}  # the folder may be another's by now
+
+
+def test_a_lower_quota_holds_from_the_start_on(tmp_path):
+    clock = Clock()
+    raw = RawFiles(tmp_path, clock=clock)
+    for name in "abc":
+        bring(raw, name)
+    raw.close()
+    clock.now += 100
+    assert RawFiles(tmp_path, NUM_BYTES, clock=clock).num_entries == 1
+
+
 def test_under_the_quota_nothing_is_summed_or_sorted(tmp_path):
     full = lru(tmp_path, 100, Clock(), a=Resident(40, 1.0), b=Resident(60, 1.0))
 
