@@ -7,12 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from adapters_store.sources.guard import Refused, address_refusal, is_address, origin_of
+from adapters_store.sources.guard import Refused, check_literal, origin_of
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
@@ -113,9 +112,7 @@ def _host(url: str) -> str:
     """The host of a URL in the environment; ValueError for one that is no safe URL, or leads to a metadata address."""
     try:
         host = origin_of(url, allow_http=True).host
+        check_literal(host, allow_private=True)
     except Refused as refused:
         raise ValueError(f"an endpoint in the environment: {refused}") from None
-    why = address_refusal(ip_address(host), allow_private=True) if is_address(host) else None
-    if why is not None:
-        raise ValueError(f"an endpoint in the environment: {host} is {why}")
     return host

@@ -106,6 +106,12 @@ def is_address(host: str) -> bool:
     return True
 
 
+def check_literal(host: str, *, allow_private: bool) -> None:
+    """Refused for a host that is an address which may not be connected to; names are looked at when resolved."""
+    if is_address(host) and (why := address_refusal(ipaddress.ip_address(host), allow_private=allow_private)):
+        raise Refused(f"{host} is {why}")
+
+
 def address_refusal(address: IPAddress, *, allow_private: bool) -> str | None:
     """Why an address may not be connected to, or None."""
     for one in (address, *_embedded(address)):
@@ -231,7 +237,7 @@ def _leads_somewhere(request: httpx.Request, response: httpx.Response) -> bool:
         return False
 
 
-def allowed_origins(primary: Origin, further: Iterable[str], *, allow_http: bool) -> frozenset[Origin]:
+def allowed_origins(primary: Origin, further: Iterable[str], *, allow_private: bool) -> frozenset[Origin]:
     """The configured origin and the further hosts ("name" or "name:port"), by https or the primary's scheme.
 
     ValueError for an entry that is no host.
@@ -242,7 +248,9 @@ def allowed_origins(primary: Origin, further: Iterable[str], *, allow_http: bool
             raise ValueError(f"the allowed host {shown(entry)}: it must be a host, or host:port")
         for scheme in dict.fromkeys(("https", primary.scheme)):
             try:
-                found.add(origin_of(f"{scheme}://{entry}", allow_http=allow_http))
+                origin = origin_of(f"{scheme}://{entry}", allow_http=allow_private)
+                check_literal(origin.host, allow_private=allow_private)
+                found.add(origin)
             except Refused as refused:
                 raise ValueError(f"the allowed host {shown(entry)}: {refused}") from None
     return frozenset(found)

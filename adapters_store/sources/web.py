@@ -26,6 +26,7 @@ from adapters_store.sources.guard import (
     GuardedTransport,
     Refused,
     allowed_origins,
+    check_literal,
     origin_of,
 )
 from adapters_store.sources.remote import RemoteOptions
@@ -58,9 +59,10 @@ class WebClient:
         self.source = source
         try:
             self.origin = origin_of(base, allow_http=options.allow_private)
+            check_literal(self.origin.host, allow_private=options.allow_private)
         except Refused as refused:
             raise ValueError(f"{source}: {refused}") from None
-        allowed = allowed_origins(self.origin, further_hosts, allow_http=options.allow_private)
+        allowed = allowed_origins(self.origin, further_hosts, allow_private=options.allow_private)
         self._guard = Guard(allowed, options.allow_private)
         self._retry = options.retry
         self._answer_s = options.connect_timeout_s + 2 * options.read_timeout_s  # of one that drips

@@ -153,14 +153,16 @@ def test_an_address_of_the_internet(address):
 )
 def test_only_the_configured_hosts(url):
     guard = Guard(
-        allowed_origins(origin_of("https://store.example", allow_http=False), ["cdn.example"], allow_http=False)
+        allowed_origins(origin_of("https://store.example", allow_http=False), ["cdn.example"], allow_private=False)
     )
     assert guard.check("https://cdn.example/x") and guard.check("https://store.example/x")
     with pytest.raises(Refused):
         guard.check(url)
 
 
-@pytest.mark.parametrize("entry", ["cdn.example/path", "user@cdn.example", "0x7f.1", "", "*"])
+@pytest.mark.parametrize(
+    "entry", ["cdn.example/path", "user@cdn.example", "0x7f.1", "", "*", "127.0.0.1:8443", "[fe80::1]"]
+)
 def test_an_allowed_host_that_is_none(entry):
     with pytest.raises(ValueError, match="allowed host"):
         open_source("https://store.example", options=RemoteOptions(allowed_hosts=(entry,)))
@@ -249,9 +251,21 @@ async def test_the_next_address_is_tried_when_one_does_not_answer(monkeypatch):
         ("hf://owner/repo@../x", "is not hf://"),
         ("hf://owner/repo@", "is not hf://"),
         ("hf://ow ner", "space"),
+        ("https://127.0.0.1/a", "127.0.0.1 is an address of this machine"),
+        ("https://10.0.0.1/a", "10.0.0.1 is an address of this machine, of a private network"),
     ],
 )
 def test_a_source_that_can_not_be_opened(url, says):
     with pytest.raises(ValueError, match=says) as caught:
         open_source(url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_source", [True, False])
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fd00:ec2::254]", "100.100.100.200", "[::ffff:169.254.169.254]"])
+def test_a_metadata_address_is_refused_before_anything_is_served(host, is_source):
+    """Whatever is allowed: as the source itself, and as a host that it may redirect to."""
+    for scheme in ("http", "https"):
+        options = RemoteOptions(allow_private=True, allowed_hosts=() if is_source else (host,))
+        with pytest.raises(ValueError, match=r"metadata address|link-local"):
+            open_source(f"{scheme}://{host if is_source else 'store.example'}/latest", options=options)
