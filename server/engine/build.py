@@ -124,7 +124,8 @@ def _manifest(config: EngineConfig) -> tuple[BaseManifest, Path]:
     """The base's manifest, and the file of it that the compiler worker reads."""
     cache = Path(config.cache_dir or default_cache_dir())
     folder = cache / "manifests"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for private in (cache, folder):  # `parents` would make the first one for everyone
+        private.mkdir(parents=True, exist_ok=True, mode=0o700)
     manifest = build_manifest(config.model, config.dtype, cache)
     path = folder / f"{manifest.digest[:32]}-{manifest.dtype}.json"
     write_manifest(manifest, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from typing import get_args
 
 import msgspec
@@ -11,7 +13,7 @@ import torch
 import kernels.cpu
 from kernels import ops
 from server.config import EngineConfig, KernelBackend
-from server.engine.build import build
+from server.engine.build import _manifest, build
 from server.engine.device import Device, open_device
 from server.errors import ConfigError
 from tests.device import StandIn
@@ -28,6 +30,17 @@ def test_a_level_that_there_is_not_is_refused_before_the_base_is_looked_at(monke
     monkeypatch.setenv("MULTILORA_CPU_KERNELS", "bogus")
     with pytest.raises(ConfigError, match="MULTILORA_CPU_KERNELS: unknown level 'bogus'"):
         build(EngineConfig(model=str(tmp_path / "none"), threads=1, backend=backend))
+
+
+def test_the_cache_folder_is_for_this_user_alone(tmp_path):
+    """The folder itself too, whoever makes it first."""
+    before = os.umask(0o022)
+    try:
+        _manifest(EngineConfig(model=str(tiny_base(tmp_path / "base", "llama")), cache_dir=str(tmp_path / "cache")))
+    finally:
+        os.umask(before)
+    folders = [path for path in (tmp_path / "cache", *(tmp_path / "cache").rglob("*")) if path.is_dir()]
+    assert len(folders) > 1 and {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "cpu:0", "mps", ""])
