@@ -290,7 +290,7 @@ class RemoteNames:
         known.refused_at = self._clock()
         if known.refused_at - self._told_at >= REFUSALS_TOLD_S:
             source, name = self.remote.source, known.version.name
-            log.warning("%s does not give %s; what is known of it is used: %s", source, name, error.message)
+            log.warning("%s does not give %s, which it gave before: %s", source, name, error.message)
             self._told_at = known.refused_at
 
     def _is_refused(self, known: _Known) -> bool:
