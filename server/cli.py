@@ -27,7 +27,7 @@ console = Console(stderr=True)
 
 Model = Annotated[str, typer.Option("--model", help="Folder of the base model (safetensors, config.json).")]
 Adapters = Annotated[
-    list[Path] | None,
+    list[str] | None,  # not Path, to which nothing is the folder of now
     typer.Option("--adapters", help="Folder whose sub-folders are adapters; repeat for several, first wins."),
 ]
 AdapterSource = Annotated[
@@ -237,7 +237,7 @@ def serve(
         pin=split_names(pin),
         adapters_file=None if adapters_file is None else str(adapters_file),
         allow_runtime_loading=allow_runtime_loading,
-        adapter_roots=tuple(str(root) for root in adapters or ()),
+        adapter_roots=tuple(adapters or ()),
         adapter_sources=tuple(adapter_source or ()),
         allow_private_sources=adapter_source_allow_private,
         source_redirect_hosts=tuple(adapter_source_allow_host or ()),

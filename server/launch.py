@@ -163,6 +163,8 @@ def _allow_many_connections() -> None:
 
 
 def _existing_folder(flag: str, path: str) -> Path:
+    if not path:  # a variable that is not set; the folder of now is nothing to serve unasked
+        raise ConfigError(f"{flag}: it is empty; name a folder")
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"{flag} {path}: no such folder")

@@ -101,6 +101,12 @@ def test_sources_are_opened_in_their_order(tmp_path):
         assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("flags", [["--adapter-source", ""], ["--adapter-source", "file://"], ["--adapters", ""]])
+def test_a_variable_that_is_not_set_serves_no_folder(monkeypatch, flags):
+    with pytest.raises(ConfigError, match=f"^{flags[0]}: it is empty"):
+        launch._open_sources(parsed(monkeypatch, *flags))
+
+
 async def test_a_cache_folder_in_use_is_an_error_of_the_flag_and_ends_the_engine(tmp_path, monkeypatch):
     class Engine:
         ready = SimpleNamespace(manifest_path="manifest")
