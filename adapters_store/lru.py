@@ -102,21 +102,23 @@ class LeasedLru(Generic[R]):
         """Bring the folder back under its quota, as far as leases and uses of late allow."""
         if self._quota_bytes is None or self.bytes_used <= self._quota_bytes:
             return
-        now, is_early = self._clock(), False
+        now = self._clock()
+        early_s: float | None = None
         for key, resident in sorted(self.residents.items(), key=lambda item: item[1].used_at):
             if self.bytes_used <= self._quota_bytes:
                 return
             if self.leases.get(key):
                 continue
             # a use in the future is another machine's clock, or this one's was put back
-            if abs(now - resident.used_at) < self._grace_s:
-                is_early = True
+            age_s = abs(now - resident.used_at)
+            if age_s < self._grace_s:
+                early_s = early_s or self._grace_s - age_s  # the oldest comes first
                 continue
             self._drop(key)
             self.evictions += 1
-        if is_early and self._later is None and self.bytes_used > self._quota_bytes:
+        if early_s is not None and self._later is None and self.bytes_used > self._quota_bytes:
             with contextlib.suppress(RuntimeError):  # no event loop: at the next release, then
-                self._later = asyncio.get_running_loop().call_later(self._grace_s, self._evict_later)
+                self._later = asyncio.get_running_loop().call_later(max(early_s, 0.05), self._evict_later)
 
     def close(self) -> None:
         """Nothing goes any more: another process may have the folder. From any thread."""

@@ -59,7 +59,7 @@ def fit_problem(refs: Iterable[AdapterRef], adapter_bytes: int, max_adapters: in
         sizes = ", ".join(f"{ref.name} {format_bytes(region_bytes(ref.data_bytes))}" for ref in by_key.values())
         return (
             f"{format_bytes(total)} don't fit into the adapter memory of {format_bytes(adapter_bytes)} "
-            f"({sizes}); pin fewer or raise --adapter-memory"
+            f"({sizes}); {'pin fewer or ' if len(by_key) > 1 else ''}raise --adapter-memory"
         )
     if len(by_key) > max_adapters:
         return f"{len(by_key)} adapters are more than the {max_adapters} that can be loaded"

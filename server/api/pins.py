@@ -48,6 +48,11 @@ class Pins:
         if problem is not None:
             raise AdapterTooLarge(f"adapter {ref.name} can't be pinned: {problem}")
 
+    def check_alone(self, ref: AdapterRef) -> None:
+        """Raises AdapterTooLarge if the device has no room for this image even alone."""
+        if (problem := self._fit_problem([ref])) is not None:
+            raise AdapterTooLarge(f"adapter {ref.name} can't come to the device: {problem}")
+
     def add(self, ref: AdapterRef, as_of_s: float | None = None) -> None:
         """Pin `ref.name` to this image in place of the one it had; `as_of_s` None: it is what the name is now.
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 from adapters_store.errors import AdapterTooLarge, AdapterUnavailable
 from adapters_store.ref import AdapterRef
-from server.adapters.regions import region_bytes
 from server.api.service import Service
 from server.errors import BadRequest, EngineDead
 
@@ -24,11 +23,8 @@ async def bring(service: Service, ref: AdapterRef, tier: Literal["disk", "host",
     engine = service.state.engine
     if tier == "disk":
         return True
-    if tier == "device" and (needed := region_bytes(ref.data_bytes)) > engine.ready.adapter_bytes:
-        raise AdapterTooLarge(
-            f"adapter {ref.name} takes {needed} bytes on the device and the adapter memory is "
-            f"{engine.ready.adapter_bytes} bytes; raise --adapter-memory"
-        )
+    if tier == "device":
+        service.supply.pins.check_alone(ref)
     if tier == "host":
         if not engine.ready.host_bytes:
             raise BadRequest("This server has no host tier: start it with --host-memory.", param="tier")

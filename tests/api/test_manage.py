@@ -16,6 +16,7 @@ from server.api.pins import Pins
 from server.desired_file import read_adapters_file
 from server.engine.messages import SlotChange
 from tests.api.conftest import BASE, add_adapter, serve
+from tests.api.doubles import ref_of
 from tests.store.fake_source import FakeSource
 
 ADAPTERS = "/v1/adapters"
@@ -431,6 +432,17 @@ async def test_a_prefetch_for_which_others_would_make_way(served, monkeypatch):
     assert not +served.store.leases
 
 
+async def test_a_prefetch_that_can_never_fit_is_no_wait_for_room(served, monkeypatch):
+    ref = ref_of(await served.state.catalog.resolve("team/sql"))
+    pins = Pins(served.engine, served.store, lambda refs: f"{len(refs)} is too many")
+    with pytest.raises(AdapterTooLarge, match="team/sql can't come to the device: 1 is too many"):
+        pins.check_alone(ref)
+    monkeypatch.setattr(Pins, "check_alone", refuse_all)
+    check_error(await act(served, "team/sql", "prefetch"), 422, "adapter_too_large", "name", "adapter memory")
+    assert (await act(served, "team/sql", "prefetch", json={"tier": "host"})).status_code == 200
+    assert [tier for _, tier in served.engine.prefetched] == ["host"] and not +served.store.leases
+
+
 async def test_prefetches_that_can_come_to_nothing(served, monkeypatch):
     monkeypatch.setattr(prefetch, "WAIT_S", 0.05)
     check_error(await act(served, "team/sql", "prefetch", json={"tier": "moon"}), 400, "invalid_value", "tier")
@@ -443,11 +455,7 @@ async def test_prefetches_that_can_come_to_nothing(served, monkeypatch):
     served.engine.is_crowded = False
     assert (await act(served, "team/sql", "prefetch")).status_code == 200
     ready = as_dict(served.engine.ready)
-    served.engine.ready = type(served.engine.ready)(**{**ready, "host_bytes": 0, "adapter_bytes": 1})
-    before = len(served.engine.prefetched)
-    response = await act(served, "team/sql", "prefetch")
-    check_error(response, 422, "adapter_too_large", "name", "--adapter-memory")
-    assert len(served.engine.prefetched) == before
+    served.engine.ready = type(served.engine.ready)(**{**ready, "host_bytes": 0})
     response = await act(served, "team/sql", "prefetch", json={"tier": "host"})
     check_error(response, 400, "invalid_value", "tier", "--host-memory")
     assert not +served.store.leases

@@ -314,6 +314,17 @@ async def test_what_the_grace_kept_goes_when_it_is_over_though_nobody_asks(tmp_p
     assert raw.peek(kept.key) and left(tmp_path) == {kept.key}  # the folder may be another's by now
 
 
+async def test_it_looks_again_when_the_grace_of_the_oldest_ends(tmp_path, monkeypatch):
+    delays: list[float] = []
+    monkeypatch.setattr(asyncio.get_running_loop(), "call_later", lambda delay, call: delays.append(delay))
+    clock = Clock()
+    kept = lru(tmp_path, 5, clock, late=Resident(10, clock.now - 10), old=Resident(10, clock.now - 39))
+    kept.leases["leased"] = 1
+    kept.put("leased", Resident(10, clock.now - 45))
+    kept.evict()  # a second later by this clock, of a grace of 50
+    assert delays == [10] and len(kept.residents) == 3
+
+
 def test_a_lower_quota_holds_from_the_start_on(tmp_path):
     clock = Clock()
     raw = RawFiles(tmp_path, clock=clock)
