@@ -61,14 +61,16 @@ def _chunk_logprobs(
 
 
 def _order(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """int64 [R, V]: keys without ties that are larger for a larger logit, and for a lower id among equals.
-
-    The bits of an IEEE float, with those below the sign flipped for a negative one, order as integers like
-    the floats do; -0 is made 0 first.
-    """
-    bits = (logits + 0.0).view(torch.int32)
-    bits ^= (bits >> 31) & 0x7FFFFFFF  # the shift gives 0, or all ones for a negative one
-    keys = bits.long()
+    """int64 [R, V]: keys without ties that are larger for a larger logit, and for a lower id among equals."""
+    keys = ordered_bits(logits).long()
     keys <<= 32
     keys -= ids
     return keys
+
+
+def ordered_bits(logits: torch.Tensor) -> torch.Tensor:
+    """int32 of fp32: the bits of an IEEE float, with those below the sign flipped for a negative one, order as integers
+    like the floats do; -0 is made 0 first."""
+    bits = (logits + 0.0).view(torch.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # the shift gives 0, or all ones for a negative one
+    return bits

@@ -11,6 +11,7 @@ from server.engine.messages import SamplingParams
 from server.engine.request import NO_TOKEN, NOT_FINITE, Request
 from server.model.copies import is_near, to_device
 from server.model.edits import LogitEdits, has_edits
+from server.model.nucleus import NUM_BINS, Ordered, exact_cumsum, floor_by_count, floor_by_mass
 from server.model.penalties import apply_penalties, has_penalties
 from server.model.philox import uniforms
 
@@ -113,7 +114,8 @@ class _Filters:
     top_k: torch.Tensor  # V where there is none
     top_p: torch.Tensor
     min_p: torch.Tensor
-    max_needed: int  # of the best tokens, as far as it is known beforehand; 0: no row has top-k or top-p
+    has_top_k: bool  # some row
+    has_top_p: bool
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> _Filters:
@@ -121,21 +123,21 @@ class _Filters:
         top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
         floats = [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]]
         temperature, top_p, min_p = to_device(floats, device, torch.float64)[:, :, None]
-        is_nucleus = any(p.top_p < 1.0 for p in params)
-        max_needed = vocab_size if is_nucleus else max((k for k in top_k if k < vocab_size), default=0)
-        return cls(temperature, to_device(top_k, device, torch.int64)[:, None], top_p, min_p, max_needed)
+        has_top_k, has_top_p = any(k < vocab_size for k in top_k), any(p.top_p < 1.0 for p in params)
+        return cls(temperature, to_device(top_k, device, torch.int64)[:, None], top_p, min_p, has_top_k, has_top_p)
 
 
 def draw(logits: torch.Tensor, rows: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """One token for each of `rows` of logits [S, V], int64 [rows]."""
     vocab_size = logits.shape[-1]
-    size = max(1, _CHUNK_ELEMENTS // vocab_size)
+    is_here = is_near(logits.device)
+    size = max(1, _CHUNK_ELEMENTS // (vocab_size if is_here else max(vocab_size, NUM_BINS)))
     parts = []
     for start in range(0, len(requests), size):
         chunk = requests[start : start + size]
         weights = filtered_weights(logits[rows[start : start + size]], chunk)
         numbers = uniforms([r.params.seed for r in chunk], [r.draw_index for r in chunk])
-        cumulative = weights.cumsum(dim=-1)  # [rows, V]
+        cumulative = weights.cumsum(dim=-1) if is_here else exact_cumsum(weights)  # [rows, V]
         target = to_device(numbers, logits.device, torch.float64)[:, None] * cumulative[:, -1:]
         parts.append(torch.searchsorted(cumulative, target, right=True)[:, 0])
     return torch.cat(parts).clamp_(max=vocab_size - 1)  # only a row of NaN reaches V, and it is NOT_FINITE
@@ -151,17 +153,33 @@ def filtered_weights(logits: torch.Tensor, requests: Sequence[Request]) -> torch
     scaled = logits.double()
     scaled -= scaled.amax(dim=-1, keepdim=True)  # before the division: no temperature can overflow a 0
     weights = scaled.div_(filters.temperature).exp_()  # 1 for the best token
-    floor = torch.maximum(filters.min_p, _sorted_floor(weights, filters))
+    if is_near(weights.device):
+        floor = _sorted_floor(weights, filters)
+    else:  # whether a sort of some was enough would have to be waited for
+        floor = _searched_floor(weights, logits, filters)
+    floor = torch.maximum(filters.min_p, floor)
     return weights.masked_fill_(weights < floor, 0.0)
+
+
+def _searched_floor(weights: torch.Tensor, logits: torch.Tensor, filters: _Filters) -> torch.Tensor:
+    """As `_sorted_floor`, of the logits that the weights are made of."""
+    floor = torch.zeros_like(filters.top_p)
+    if not (filters.has_top_k or filters.has_top_p):
+        return floor
+    order = Ordered.of(logits)
+    if filters.has_top_k:
+        floor = torch.where(filters.top_k < weights.shape[-1], floor_by_count(weights, order, filters.top_k), floor)
+    if filters.has_top_p:
+        kept = weights.masked_fill(weights < floor, 0.0)
+        p_floor = torch.where(filters.top_p < 1.0, floor_by_mass(kept, order, filters.top_p), 0.0)
+        floor = torch.maximum(floor, p_floor)
+    return floor
 
 
 def _sorted_floor(weights: torch.Tensor, filters: _Filters) -> torch.Tensor:
     """fp64 [rows, 1]: the smallest weight that top-k and then top-p keep; 0 for rows with neither."""
     vocab_size = weights.shape[-1]
     floor = torch.zeros_like(filters.top_p)
-    if not is_near(weights.device):  # whether a guess was enough would have to be waited for
-        num_best = filters.max_needed
-        return _floor_within(weights, filters.top_k, filters.top_p, num_best)[0] if num_best else floor
     is_needed = (filters.top_k < vocab_size) | (filters.top_p < 1.0)
     pending = is_needed[:, 0].nonzero()[:, 0]
     num_best = min(vocab_size, _NUCLEUS_GUESS)
