@@ -1,6 +1,6 @@
 """Decode steps as replays of captured graphs: the host gives the device one graph in place of a thousand kernels.
 
-    captured at start, for each number of rows and each rank bucket:
+    captured at start, for each number of rows and each rank bucket (one more for sets of adapters):
         base and deltas, reading only memory at fixed addresses
     a step of 13 decodes, largest rank 24:
         inputs, segments, block tables ──fill──▶ buffers of (16 rows, bucket 64) ──replay──▶ logits[:13]
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 NO_ADAPTER = 0
 """The bucket of steps without any adapter: their graphs have no kernels for deltas"""
+WITH_SETS = -1
+"""In place of a bucket: steps with sets of adapters of any rank. Their kernels are larger and their v is as wide as the
+largest rank, so steps of single adapters have graphs of their own"""
 
 IDS, POSITIONS, KV_SLOTS, ROPE_LENGTHS, HEAD_ROWS = range(5)
 
@@ -73,6 +76,7 @@ class GraphShape:
     vocab_size: int
     dtype: torch.dtype
     device: torch.device
+    max_members: int = 1  # of a request's weighted set; 1: nobody can ask for one, and there are no graphs for them
 
     @property
     def sizes(self) -> list[int]:
@@ -84,6 +88,11 @@ class GraphShape:
     def buckets(self) -> list[int]:
         """NO_ADAPTER and the rank buckets that adapters may fall into."""
         return [NO_ADAPTER, *(bucket for bucket in RANK_BUCKETS if bucket <= bucket_of(self.max_rank))]
+
+    @property
+    def families(self) -> list[int]:
+        """What there is a graph for at each of `sizes`: the buckets, and WITH_SETS where there may be sets."""
+        return [*self.buckets, *([WITH_SETS] if self.max_members > 1 else [])]
 
 
 @dataclass(slots=True)
@@ -120,15 +129,16 @@ class GraphForward:
         started = time.monotonic()
         with torch.inference_mode():
             for size in reversed(shape.sizes):  # the largest first: the others fit into its memory
-                for bucket in shape.buckets:
-                    self._graphs[size, bucket] = self._capture(size, bucket, new_graph())
+                for family in shape.families:
+                    self._graphs[size, family] = self._capture(size, family, new_graph())
         step.segments = step.head_segments = step.attention = step.rope_lengths = None
         logger.info(
-            "captured %d graphs in %.1f s: up to %d rows, rank buckets %s",
+            "captured %d graphs in %.1f s: up to %d rows, rank buckets %s%s",
             len(self._graphs),
             time.monotonic() - started,
             rows,
             shape.buckets[1:],
+            f", sets of up to {shape.max_members}" if shape.max_members > 1 else "",
         )
 
     @property
@@ -152,9 +162,12 @@ class GraphForward:
         segments = step.segments
         if not segments:
             return self._graphs[self._size_of[rows], NO_ADAPTER]
-        if any(len(members) > 1 for members in segments.members) or segments != step.head_segments:
+        if segments != step.head_segments:
             return None
-        return self._graphs.get((self._size_of[rows], rank_bucket(segments, step.weights)))
+        bucket, most = rank_bucket(segments, step.weights), max(map(len, segments.members))
+        if bucket not in self._shape.buckets or most > self._shape.max_members:
+            return None
+        return self._graphs[self._size_of[rows], WITH_SETS if most > 1 else bucket]
 
     def _fill(self, captured: _Captured, inputs: StepInputs, rows: int) -> None:
         """Everything that the graph reads and that differs from the last replay, in stream order."""
@@ -168,11 +181,14 @@ class GraphForward:
         if step.segments is not None:
             captured.fill(step.segments)
 
-    def _capture(self, size: int, bucket: int, graph: Graph) -> _Captured:
+    def _capture(self, size: int, family: int, graph: Graph) -> _Captured:
         """A graph over `size` rows, each of a request and with an adapter of its own, as far as the grid goes."""
         segments = None
-        if bucket != NO_ADAPTER:
-            segments = DeviceSegments(size, size, bucket, self._shape.device)
+        if family == WITH_SETS:
+            bucket = self._shape.buckets[-1]
+            segments = DeviceSegments(size, size * self._shape.max_members, bucket, self._shape.device)
+        elif family != NO_ADAPTER:
+            segments = DeviceSegments(size, size, family, self._shape.device)
         self._pose(size, segments)
         inputs = StepInputs(*self._inputs[:, :size])
 
@@ -190,7 +206,8 @@ class GraphForward:
         plan = None
         if segments is not None:
             # slot 1 is absent as yet, or whatever was loaded first: what is computed here goes nowhere
-            plan = Segments(rows, [row + 1 for row in rows], [((1, 1.0),)] * size, {SCRATCH_KEY: segments})
+            members = ((1, 1.0),) * (segments.max_members // size)
+            plan = Segments(rows, [row + 1 for row in rows], [members] * size, {SCRATCH_KEY: segments})
             segments.fill(plan)
         step.segments = step.head_segments = plan
         step.rope_lengths = self._inputs[ROPE_LENGTHS, :size]

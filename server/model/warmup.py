@@ -32,11 +32,11 @@ def warm_up(forward: Forward, step: StepState, shape: GraphShape, max_rows: int)
     sizes = [*(rows for rows in WARM_ROWS if rows < max_rows), max_rows]
     with torch.inference_mode():
         lines = torch.zeros(5, max_rows, dtype=torch.int64, device=shape.device)
-        for rows, bucket in product(sizes, shape.buckets):
+        for rows, (bucket, num_members) in product(sizes, _plans(shape)):
             step.weights.slot_ranks[1] = bucket
             for num_decodes, context in _forms(rows, shape):
                 starts = _starts(num_decodes, rows, shape)
-                _pose(step, shape, lines, starts, num_decodes, context, bucket)
+                _pose(step, shape, lines, starts, num_decodes, context, num_members)
                 counts = (rows, rows, rows, rows, len(starts) - 1)
                 forward(StepInputs(*(line[:length] for line, length in zip(lines, counts, strict=True))))
                 count += 1
@@ -45,6 +45,12 @@ def warm_up(forward: Forward, step: StepState, shape: GraphShape, max_rows: int)
         if shape.device.type == "cuda":
             torch.cuda.synchronize(shape.device)
     logger.info("warmed up by %d steps of up to %d rows in %.1f s", count, max_rows, time.monotonic() - started)
+
+
+def _plans(shape: GraphShape) -> list[tuple[int, int]]:
+    """(largest rank, adapters of each request): kernels of sets are others than those of single adapters."""
+    buckets = [bucket for bucket in shape.buckets if bucket != NO_ADAPTER]
+    return [(0, 0), *product(buckets, sorted({1, shape.max_members}))]
 
 
 def _forms(rows: int, shape: GraphShape) -> Iterator[tuple[int, int]]:
@@ -67,13 +73,14 @@ def _pose(
     starts: list[int],
     num_decodes: int,
     context: int,
-    bucket: int,
+    num_members: int,
 ) -> None:
-    """Set the step's fields: every request has an adapter of its own, all of them slot 1's."""
+    """Set the step's fields: every request has adapters of its own, all of them slot 1's."""
     rows = starts[-1]
     step.segments = step.head_segments = None
-    if bucket != NO_ADAPTER:
-        step.segments, step.head_segments = _segments(starts), _segments(list(range(len(starts))))
+    if num_members:
+        step.segments = _segments(starts, num_members)
+        step.head_segments = _segments(list(range(len(starts))), num_members)
     step.rope_lengths = lines[3, :rows]
     counts = [end - start for start, end in pairwise(starts)]
     step.attention = AttentionMetadata(
@@ -86,6 +93,6 @@ def _pose(
     )
 
 
-def _segments(starts: list[int]) -> Segments:
+def _segments(starts: list[int], num_members: int) -> Segments:
     ranges = list(pairwise(starts))
-    return Segments([a for a, _ in ranges], [b for _, b in ranges], [((1, 1.0),) for _ in ranges])
+    return Segments([a for a, _ in ranges], [b for _, b in ranges], [((1, 1.0),) * num_members for _ in ranges])

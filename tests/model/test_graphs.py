@@ -18,10 +18,12 @@ import torch
 from kernels.ops import get_backend
 from kernels.types import BIAS_OFFSET, RANK, TABLE_COLUMNS, SlotWeights
 from server.adapters.layer import StepState
+from server.adapters.plan import segments_of
 from server.engine.batch import ScheduledRequest
 from server.engine.request import Request
+from server.model import runner as runner_module
 from server.model.forward import ModuleForward
-from server.model.graphs import NO_ADAPTER, CudaGraph, GraphForward, GraphShape
+from server.model.graphs import NO_ADAPTER, WITH_SETS, CudaGraph, GraphForward, GraphShape
 from server.model.kv import KVCache
 from server.model.loader import load_base
 from server.model.manifest import build_manifest
@@ -63,6 +65,7 @@ def serve_graphed(
     *,
     max_seqs: int = MAX_SEQS,
     max_rank: int = 64,
+    max_members: int = 1,
     ops: Any = None,
     graph_of: Callable[[StepState], Any] | None = None,
 ) -> Graphed:
@@ -91,7 +94,8 @@ def serve_graphed(
             graphs.append(RecordedGraph() if pool is None else CountedGraph(pool))
         return graphs[-1]
 
-    shape = GraphShape(max_seqs, max_rank, MAX_BLOCKS, BLOCK_SIZE, manifest.vocab_size, base.dtype, base.device)
+    sizes = (max_seqs, max_rank, MAX_BLOCKS, BLOCK_SIZE, manifest.vocab_size)
+    shape = GraphShape(*sizes, base.dtype, base.device, max_members)
     forward = GraphForward(ModuleForward(base.model, step, kv, ops), step, shape, new_graph)
     runner = ModelRunner(
         forward,
@@ -261,6 +265,91 @@ def test_the_bucket_is_that_of_the_largest_rank_in_the_step(tmp_path: Path) -> N
     assert replayed([(0, 0, 1), (1, 2, 1)]) == {(2, 16)}
     served.step.weights.slot_ranks = np.array([0, 65, 0])
     assert replayed([(1, 1, 1)]) == set(), "above the ranks that graphs were captured for: eagerly"
+
+
+SETS = {3: ((1, 0.5), (2, -1.5)), 4: ((2, 0.25), (1, 1.0), (2, 1.0)), 5: ((1, 2.0), (2, 0.0))}
+"""What the tests take slots beyond the table's for, until requests can name sets"""
+
+
+def name_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of a slot in SETS become those of its members."""
+
+    def planned(batch, holds):
+        plans = segments_of(batch, holds)
+        for plan in plans:
+            plan.members = [SETS.get(members[0][0], members) for members in plan.members]
+        return plans
+
+    monkeypatch.setattr(runner_module, "segments_of", planned)
+
+
+def total_delta(served: Served, deltas: dict[int, dict[str, torch.Tensor]], slot: int) -> dict[str, torch.Tensor]:
+    """That of a slot, or of the set that it stands for, at each site."""
+    members = SETS.get(slot, ((slot, 1.0),))
+    names = [site.name for site in served.manifest.sites]
+    return {name: sum((weight * deltas[member][name] for member, weight in members), torch.zeros(())) for name in names}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sets_that_come_and_go(device: str, tmp_path: Path, monkeypatch) -> None:
+    """Steps with sets, without, with sets of fewer and of more members: replays, and the logits of the eager pass."""
+    name_sets(monkeypatch)
+    path = tiny_base(tmp_path, "llama")
+    graphed, eager = (serve_graphed(path, device, max_members=3) for _ in range(2))
+    eager.runner._forward = eager.runner._forward._eager
+    for served in (graphed, eager):
+        fill_in_place(served)
+    worlds = [Decodes.of(served, MAX_SEQS) for served in (graphed, eager)]
+    for world in worlds:
+        world.prefill()
+    rng = random.Random(6)
+    choices = [(0, 1, 2, 3, 4, 5), (1, 2), (3,), (0,), (5, 0), (4,), (4, 3), (0, 1), (0, 1, 2, 3, 4, 5)]
+    for count, slots_of_step in zip((20, 9, 1, 3, 17, 20, 2, 5, 20), choices, strict=True):
+        numbers = rng.sample(range(MAX_SEQS), count)
+        slots = sorted(rng.choice(slots_of_step) for _ in numbers)
+        chosen = [(number, slot, rng.randrange(320)) for number, slot in zip(numbers, slots, strict=True)]
+        found, right = (world.step(chosen) for world in worlds)
+        torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)
+    by_family = dict.fromkeys((NO_ADAPTER, 16, 64, WITH_SETS), 0)
+    for (_, family), captured in graphed.runner._forward._graphs.items():
+        by_family[family] += captured.graph.replays
+    assert by_family == {NO_ADAPTER: 1, 16: 2, 64: 0, WITH_SETS: 6} and eager.replays == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sets_answer_is_that_of_merged_weights(device: str, tmp_path: Path, monkeypatch) -> None:
+    name_sets(monkeypatch)
+    path = tiny_base(tmp_path, "llama")
+    served = serve_graphed(path, device, max_members=3)
+    deltas = fill_in_place(served)
+    prompts = random_prompts(6, 320, seed=4, lengths=(2, 25))
+    slots = (3, 1, 4, 0, 5, 3)
+    answers = Driver(served, row_budget=30, stagger=1).run(
+        [with_slot(greedy(p, str(i), 8 + i), slot) for i, (p, slot) in enumerate(zip(prompts, slots, strict=True))]
+    )
+    for i, (prompt, slot) in enumerate(zip(prompts, slots, strict=True)):
+        oracle = merged_oracle(path, served, total_delta(served, deltas, slot)) if slot else load_oracle_base(path)
+        assert answers[i] == greedy_tokens(oracle, prompt, 8 + i), i
+    assert served.replays > 5
+
+
+def test_sets_that_nobody_said_there_are_run_eagerly(tmp_path: Path, monkeypatch) -> None:
+    """And are not captured: no graph for any, or for those of as many members as there may be."""
+    name_sets(monkeypatch)
+    for max_members, replays in ((1, [0, 0, 0]), (2, [1, 0, 1])):
+        served = serve_graphed(tiny_base(tmp_path / str(max_members), "llama"), max_members=max_members)
+        assert any(family == WITH_SETS for _, family in served.runner._forward._graphs) == (max_members > 1)
+        fill_in_place(served)
+        world = Decodes.of(served, 2)
+        world.prefill()
+        for slot, count in zip((3, 4, 5), replays, strict=True):
+            before = served.replays
+            world.step([(0, slot, 7)])
+            assert served.replays - before == count
+        served.step.weights.slot_ranks = np.array([0, 65, 0])
+        before = served.replays
+        world.step([(0, 3, 7)])
+        assert served.replays == before, "a rank above those that graphs were captured for"
 
 
 def test_what_no_graph_is_for_runs_eagerly(tmp_path: Path) -> None:

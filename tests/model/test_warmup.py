@@ -25,6 +25,7 @@ class Seen:
     def __init__(self, step: StepState, shape: GraphShape) -> None:
         self.step, self.shape = step, shape
         self.forms: set[tuple[int, int | None, int, bool]] = set()
+        self.sets: set[tuple[int, int | None, int]] = set()  # rows, bucket, members of each segment
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         meta, segments = self.step.attention, self.step.segments
@@ -37,6 +38,8 @@ class Seen:
         assert len(inputs.head_rows) == len(counts) and inputs.head_rows.max() < rows
         bucket = rank_bucket(segments, self.step.weights) if segments else None
         assert not segments or (segments.ends[-1] == rows and self.step.head_segments.ends[-1] == len(counts))
+        for plan in (segments, self.step.head_segments) if segments else ():
+            self.sets |= {(rows, bucket, len(members)) for members in plan.members}
         self.forms.add((rows, bucket, meta.num_decodes, max(meta.context_lens) > rows))
         return torch.zeros(len(counts), self.shape.vocab_size)
 
@@ -56,6 +59,17 @@ def test_every_form(max_rows: int, max_blocks: int) -> None:
         assert rows == 1 or any(num_decodes for _, num_decodes, _ in forms)
         assert any(is_long for _, _, is_long in forms) == (rows < min(4096, max_blocks * 16))
     assert not weights.slot_ranks.any() and step.segments is step.attention is step.rope_lengths is None
+
+
+@pytest.mark.parametrize("max_members", [1, 3])
+def test_kernels_of_sets_are_compiled_where_there_may_be_sets(max_members: int) -> None:
+    shape = GraphShape(24, 64, 100, 16, 7, torch.float32, torch.device("cpu"), max_members)
+    weights = SlotWeights(torch.zeros(8), torch.zeros(3, 2, 5, dtype=torch.int64), slot_ranks=np.zeros(3, np.int64))
+    step = StepState(weights=weights, ops=device_ops)
+    forward = Seen(step, shape)
+    warm_up(forward, step, shape, 300)
+    sizes = {rows for rows, *_ in forward.forms}
+    assert forward.sets == {(rows, bucket, n) for rows in sizes for bucket in (16, 64) for n in {1, max_members}}
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from kernels import triton
 from server.adapters.layer import StepState
+from server.model.graphs import WITH_SETS
 from tests.model.harness import Driver, greedy
-from tests.model.test_graphs import fill_in_place, serve_graphed
+from tests.model.test_graphs import fill_in_place, name_sets, serve_graphed, total_delta
 from tests.model.test_runner import merged_oracle, with_slot
 from tests.zoo import greedy_tokens, load_oracle_base, random_prompts, tiny_base
 
@@ -46,22 +48,24 @@ class RerunGraph:
 
 def main() -> None:
     torch.set_num_threads(1)
+    name_sets(pytest.MonkeyPatch())
     path = tiny_base(Path(tempfile.mkdtemp(dir=sys.argv[1])), "llama", num_hidden_layers=1)
-    served = serve_graphed(path, max_seqs=4, max_rank=16, ops=triton, graph_of=RerunGraph)
+    served = serve_graphed(path, max_seqs=4, max_rank=16, max_members=2, ops=triton, graph_of=RerunGraph)
     deltas = fill_in_place(served)
-    slots, lengths = (1, 0, 2), (7, 5, 4)
-    prompts = random_prompts(3, 320, seed=4, lengths=(3, 9))
+    slots, lengths = (1, 0, 2, 3), (7, 5, 4, 3)
+    prompts = random_prompts(4, 320, seed=4, lengths=(3, 9))
     requests = [
         with_slot(greedy(prompt, str(i), length), slot)
         for i, (prompt, slot, length) in enumerate(zip(prompts, slots, lengths, strict=True))
     ]
     answers = Driver(served, row_budget=30, stagger=0).run(requests)
-    oracles = {slot: merged_oracle(path, served, deltas[slot]) for slot in deltas} | {0: load_oracle_base(path)}
+    oracles = {slot: merged_oracle(path, served, total_delta(served, deltas, slot)) for slot in (1, 2, 3)}
+    oracles[0] = load_oracle_base(path)
     for answer, prompt, slot, length in zip(answers, prompts, slots, lengths, strict=True):
         expected = greedy_tokens(oracles[slot], prompt, length)
         assert answer == expected, (slot, answer, expected)
     replays = {key: captured.graph.replays for key, captured in served.runner._forward._graphs.items()}
-    assert all(replays[size, 16] for size in (1, 2, 4)), replays
+    assert all(replays[key] for key in ((1, 16), (2, 16), (4, 16), (4, WITH_SETS))), replays
     print("right", replays)
 
 
