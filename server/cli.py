@@ -80,8 +80,12 @@ MaxModelLen = Annotated[
 ]
 MaxNumSeqs = Annotated[int, typer.Option(help="Requests in one step at most.", min=1)]
 MaxBatchedTokens = Annotated[
-    int,
-    typer.Option("--max-num-batched-tokens", help="Token rows in one step: decodes and prefill chunks.", min=1),
+    int | None,
+    typer.Option(
+        "--max-num-batched-tokens",
+        help="Token rows in one step: decodes and prefill chunks. Default: 512, on a GPU 2048.",
+        min=1,
+    ),
 ]
 MaxAdaptersPerStep = Annotated[int, typer.Option(help="Distinct adapters in one step at most.", min=1)]
 AdapterMemory = Annotated[
@@ -178,7 +182,7 @@ def serve(
     port: Port = 8000,
     max_model_len: MaxModelLen = None,
     max_num_seqs: MaxNumSeqs = 64,
-    max_num_batched_tokens: MaxBatchedTokens = 512,
+    max_num_batched_tokens: MaxBatchedTokens = None,
     max_adapters_per_step: MaxAdaptersPerStep = 64,
     adapter_memory: AdapterMemory = None,
     kv_memory: KvMemory = None,

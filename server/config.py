@@ -29,7 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "cpu"  # or cuda, cuda:N
     max_model_len: int | None = None
     max_num_seqs: int = 64  # requests in one step
-    max_step_tokens: int = 512  # rows in one step: decodes plus prefill chunks
+    max_step_tokens: int | None = None  # rows in one step: decodes plus prefill chunks; None: by device, see sizing.py
     max_adapters_per_step: int = 64
     max_loaded_adapters: int = 1024  # slots in the table; bytes are the real bound
     max_lora_rank: int = 512  # the compiler refuses higher ones, and no graph is captured for them

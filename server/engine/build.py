@@ -25,7 +25,7 @@ from server.engine.limits import SchedulerLimits
 from server.engine.messages import EngineReady
 from server.engine.processors import bind_team
 from server.engine.scheduler import Scheduler
-from server.engine.sizing import Memory, size_memory
+from server.engine.sizing import MAX_PROMPT_LOGITS, Memory, max_step_tokens, size_memory, step_bytes
 from server.errors import ConfigError
 from server.model.forward import Forward, forward_of
 from server.model.graphs import GraphForward, GraphShape
@@ -39,7 +39,6 @@ from server.model.warmup import warm_up
 logger = logging.getLogger(__name__)
 
 MIXED_PREFILL_SHARE = 8  # of a step's rows, for prompts while others decode: smaller chunks read an adapter more often
-MAX_PROMPT_LOGITS = 1 << 25  # elements: prompt logprobs may add so many logits to a step (64 MiB in bf16)
 
 
 def build_core(config_json: bytes) -> EngineCore:
@@ -67,7 +66,13 @@ def build(
     backend_name, backend = _backend(config)
     manifest, manifest_path = _manifest(config)
     base = load_base(config.model, config.dtype, str(device.where), config.max_model_len)
-    memory = size_memory(config, _free_bytes(base), base.kv_shape.bytes_per_block(config.block_size, base.dtype))
+    max_rows = max_step_tokens(config)
+    memory = size_memory(
+        config,
+        _free_bytes(base),
+        base.kv_shape.bytes_per_block(config.block_size, base.dtype),
+        step_bytes(config, manifest, base.dtype.itemsize),
+    )
     max_slots = config.max_loaded_adapters + 1  # slot 0 is the base's
     host = _host_tier(config, device)
     arena = AdapterArena(
@@ -86,7 +91,7 @@ def build(
     slots = AdapterSlots(arena_bytes=memory.adapter_bytes, max_slots=max_slots, device=device_of(arena))
     kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
     limits = _limits(config, base, manifest)
-    forward = forward_of(base, manifest, step, kv, backend, config.max_step_tokens)
+    forward = forward_of(base, manifest, step, kv, backend, max_rows)
     if backend_name == "triton":
         forward = _made_ready(forward, config, base, manifest, step, device)
     runner = ModelRunner(
@@ -94,7 +99,7 @@ def build(
         step,
         eos_token_ids=base.eos_token_ids,
         block_size=config.block_size,
-        max_rows=config.max_step_tokens,
+        max_rows=max_rows,
         device=base.device,
         holds=slots.holds,
         steps_in_flight=limits.steps_in_flight,
@@ -105,7 +110,7 @@ def build(
         ready=_ready(config, base, manifest, manifest_path, memory, device),
         scheduler=Scheduler(limits, blocks, slots),
         batches=BatchBuilder(
-            max_rows=config.max_step_tokens,
+            max_rows=max_rows,
             max_requests=config.max_num_seqs,
             max_blocks_per_seq=-(-base.max_model_len // config.block_size),
             block_size=config.block_size,
@@ -175,15 +180,16 @@ def _made_ready(
         dtype=base.dtype,
         device=base.device,
     )
-    warm_up(forward, step, shape, config.max_step_tokens)
+    warm_up(forward, step, shape, max_step_tokens(config))
     return forward if config.enforce_eager else GraphForward(forward, step, shape, device.new_graph)
 
 
 def _limits(config: EngineConfig, base: LoadedBase, manifest: BaseManifest) -> SchedulerLimits:
+    max_rows = max_step_tokens(config)
     return SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
-        max_step_tokens=config.max_step_tokens,
-        max_mixed_prefill=max(1, config.max_step_tokens // MIXED_PREFILL_SHARE),
+        max_step_tokens=max_rows,
+        max_mixed_prefill=max(1, max_rows // MIXED_PREFILL_SHARE),
         max_adapters_per_step=config.max_adapters_per_step,
         max_model_len=base.max_model_len,
         eos_token_ids=base.eos_token_ids,
@@ -224,7 +230,7 @@ def _ready(
         ),
         (
             "step",
-            f"{config.max_num_seqs} requests, {config.max_step_tokens} rows, {torch.get_num_threads()} threads "
+            f"{config.max_num_seqs} requests, {max_step_tokens(config)} rows, {torch.get_num_threads()} threads "
             f"(CPU quota: {available_cpus()})",
         ),
     )
