@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import torch
 
 from adapters_store.host import HostCache
@@ -23,7 +22,6 @@ from server.engine.core import EngineCore
 from server.engine.device import Device, open_device
 from server.engine.limits import SchedulerLimits
 from server.engine.messages import EngineReady
-from server.engine.processors import bind_team
 from server.engine.scheduler import Scheduler
 from server.engine.sizing import MAX_PROMPT_LOGITS, Memory, max_step_tokens, size_memory, step_bytes
 from server.errors import ConfigError
@@ -39,15 +37,6 @@ from server.model.warmup import warm_up
 logger = logging.getLogger(__name__)
 
 MIXED_PREFILL_SHARE = 8  # of a step's rows, for prompts while others decode: smaller chunks read an adapter more often
-
-
-def build_core(config_json: bytes) -> EngineCore:
-    """The engine for a JSON EngineConfig: what the engine process calls. Raises ConfigError."""
-    config = msgspec.json.decode(config_json, type=EngineConfig)
-    core = build(config)
-    if config.device == "cpu" and config.backend in ("auto", "cpu"):
-        bind_team()  # last: a thread that starts after this is bound with the one that starts it
-    return core
 
 
 def build(

@@ -37,7 +37,7 @@ from server.engine.streams import Streams, Taker
 from server.engine.transport import ClientTransport
 from server.errors import ConfigError, EngineDead
 
-DEFAULT_CORE = "server.engine.build:build_core"
+DEFAULT_CORE = "server.engine.start:build_core"
 EXIT_GRACE_S = 5.0  # an engine that said it failed has this long to exit
 SETTLE_S = 0.05  # after the exit: this long without a message, and there are no more
 

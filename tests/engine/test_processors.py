@@ -20,7 +20,7 @@ ENGINE = """
 import json, os, sys, threading
 import msgspec, torch
 from server.config import EngineConfig
-from server.engine.build import build_core
+from server.engine.start import build_core
 
 def allowed():
     return {thread: sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
