@@ -173,3 +173,21 @@ def test_nothing_is_sorted_and_the_work_does_not_follow_the_values() -> None:
         seen.append(operations.names)
     assert seen[0] == seen[1] == seen[2]
     assert not {"aten::sort", "aten::topk", "aten::kthvalue", "aten::nonzero"} & set(seen[0])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs where torch sees an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_waits_for_nothing_and_a_row_is_the_same_alone(dtype: torch.dtype) -> None:
+    requests = [make_request(seed=n, **fields) for n, fields in enumerate(GRID)]
+    logits = random_logits(len(GRID), 128_256, scale=1.0).to(dtype)
+    here = draw(logits, torch.arange(len(GRID)), requests)
+    there, rows = logits.cuda(), torch.arange(len(GRID)).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        together = draw(there, rows, requests)
+        alone = torch.cat([draw(there, rows[i : i + 1], [request]) for i, request in enumerate(requests)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(together, alone)
+    assert torch.equal(together.cpu(), here)
