@@ -187,8 +187,11 @@ def _prefill_shape(q: torch.Tensor, group: int) -> TileShape:
         rows, keys, num_stages = 32, 16, 1
     elif is_wide:
         rows, keys, num_stages = (64, 32, 2) if is_ampere else (32, 64, 2)
+    elif is_ampere:
+        is_padded = q.shape[2] & (q.shape[2] - 1)  # masks take registers too
+        rows, keys, num_stages = 64, 64, 2 if is_padded else 3
     else:
-        rows, keys, num_stages = (64, 64, 3) if is_ampere else (128, 64, 3)
+        rows, keys, num_stages = 128, 64, 3
     return TileShape(max(rows, triton.next_power_of_2(group)), keys, 8, num_stages)
 
 
