@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from kernels.cpu.gemm import Gemm, GemmArgs, PackedWeight, aligned_empty
-from kernels.cpu.library import Library
+from kernels.native_library import Library
 from kernels.ops import get_backend
 from kernels.types import BIAS_OFFSET, TABLE_COLUMNS, Segments, SiteGroup, SlotWeights
 from loadtest.attention_bench import Case as AttentionCase

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from kernels.cpu import library as native_library
-from kernels.cpu.library import Library
+from kernels.native_library import Library
 from loadtest import kernel_cases
 from loadtest.kernel_cases import SHAPES, Case
 from loadtest.options import Parser, count, result_file

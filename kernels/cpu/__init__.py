@@ -14,8 +14,8 @@ import torch
 from kernels.cpu.attention import PagedAttention
 from kernels.cpu.build import load
 from kernels.cpu.check import is_right
-from kernels.cpu.library import Library
 from kernels.cpu.lora import Lora
+from kernels.native_library import Library
 from kernels.types import AttentionMetadata, Segments, SiteGroup, SlotWeights
 
 log = logging.getLogger(__name__)

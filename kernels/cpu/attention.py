@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kernels import torch_backend
-from kernels.cpu.library import Library
+from kernels.native_library import Library
 from kernels.types import AttentionMetadata
 
 HEAD_DIM_UNIT = 16

@@ -5,32 +5,29 @@
 
 Levels: "portable" (plain C++), "avx512" (with bf16 dot products), "amx" (avx512 and bf16 tiles) and, for
 tests, "amx-emulated" (the tile code with plain loops for the tiles). MULTILORA_CPU_KERNELS=portable|avx512|
-amx|none chooses where the caller does not. A library lies in the cache folder under two keys of everything that
-went into it: sources and flags, and the compiler. Two processes that want the same one build it once. Where
-there is no compiler, or the cache can't be written, a library that lies there is used all the same.
+amx|none chooses where the caller does not. Where there is no compiler, or the cache can't be written, a library
+that lies there is used all the same (kernels/native_build.py).
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 
 import torch  # noqa: F401  (its OpenMP runtime must be mapped before a library that shares it)
 
-from kernels.cpu.kept import note_use, sweep
-from kernels.cpu.library import Library
+from kernels import native_build
+from kernels.kept import note_use, sweep
+from kernels.native_build import BuildError, default_cache, ensure_built, identity_of, key_of, make, run
+from kernels.native_library import Library
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +59,6 @@ FEATURES: dict[str, set[str]] = {
     "amx-emulated": _AVX512_FEATURES,
 }
 """Level -> the CPU's features that it needs, as /proc/cpuinfo names them."""
-
-
-class BuildError(Exception):
-    """The library could not be built; the message says which step failed and ends with the compiler's own words."""
 
 
 def load(level: str | None = None, cache: Path | None = None, sources: Path = SOURCES) -> Library | None:
@@ -123,18 +116,12 @@ def _may_use_tiles() -> bool:
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
-def default_cache() -> Path:
-    """$MULTILORA_CACHE/kernels, or the same under ~/.cache/multilora, where the server keeps all else."""
-    base = os.environ.get("MULTILORA_CACHE")
-    return (Path(base).expanduser() if base else Path.home() / ".cache" / "multilora") / "kernels"
-
-
 def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
     """The library of `sources` at `level` from the cache, built where it is missing or damaged.
 
     Raises BuildError, or OSError where the cache folder can't be written.
     """
-    name = f"{level}-{_key(level, sources)}"
+    name = f"{level}-{key_of(sources, ('.cpp', '.h'), (*_COMMON, *LEVELS[level], *map(str, _openmp())))}"
     try:
         compiler = find_compiler()
         path = cache / f"{name}-{_identity(compiler)}.so"
@@ -142,8 +129,11 @@ def open_library(level: str, cache: Path, sources: Path = SOURCES) -> Library:
         path = _of_another_compiler(cache, name, error)
         note_use(path)
     else:
-        note_use(path)  # before it is looked at: then no other process's sweep takes it
-        _ensure_built(compiler, level, sources, path)
+        ensure_built(
+            path,
+            lambda folder: _build(compiler, level, sources, folder),
+            lambda: log.info("building the native CPU kernels at level %s: some seconds, once", level),
+        )
     try:
         library = Library(path, level)
     except OSError as error:
@@ -171,19 +161,9 @@ def find_compiler() -> list[str]:
     return [found, *words[1:]]
 
 
-def _ensure_built(compiler: Sequence[str], level: str, sources: Path, path: Path) -> None:
-    if _is_whole(path):  # looked at without the lock, whose file a read-only cache does not let us open
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
-        if not _is_whole(path):
-            log.info("building the native CPU kernels at level %s: some seconds, once", level)
-            _build(compiler, level, sources, path)
-
-
 def _of_another_compiler(cache: Path, name: str, error: BuildError) -> Path:
     """A whole library of the same sources and flags, whoever built it. Raises `error` where there is none."""
-    path = next(filter(_is_whole, sorted(cache.glob(f"{name}-*.so"))), None)
+    path = native_build.of_another_compiler(cache, name)
     if path is None:
         raise error
     told = logging.WARNING if os.environ.get("CXX") else logging.INFO  # who set it wants that very compiler
@@ -191,22 +171,10 @@ def _of_another_compiler(cache: Path, name: str, error: BuildError) -> Path:
     return path
 
 
-def _key(level: str, sources: Path) -> str:
-    """Of the sources and the flags."""
-    digest = hashlib.sha256()
-    for part in (platform.machine(), *_COMMON, *LEVELS[level], *map(str, _openmp())):
-        digest.update(part.encode() + b"\0")
-    for path in sorted(sources.iterdir()):
-        if path.suffix in (".cpp", ".h"):
-            content = path.read_bytes()
-            digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()[:32]
-
-
 def _identity(compiler: Sequence[str]) -> str:
     """Of the compiler: its version, and the arguments that CXX gives it."""
-    version = _run([*compiler, "--version"]).partition("\n")[0]
-    return hashlib.sha256("\0".join((version, *compiler[1:])).encode()).hexdigest()[:16]
+    version = run([*compiler, "--version"], BUILD_TIMEOUT_S).stdout.partition("\n")[0]
+    return identity_of((version, *compiler[1:]))
 
 
 def _openmp(maps: Path = Path("/proc/self/maps")) -> list[Path | str]:
@@ -216,53 +184,14 @@ def _openmp(maps: Path = Path("/proc/self/maps")) -> list[Path | str]:
     return [*sorted(path for path in mapped if path.name.startswith("libgomp"))[:1]] or ["-lgomp"]
 
 
-def _build(compiler: Sequence[str], level: str, sources: Path, path: Path) -> None:
-    """Compile and link into `path`: objects side by side in a folder of their own, the result renamed into place."""
+def _build(compiler: Sequence[str], level: str, sources: Path, folder: Path) -> Path:
+    """Compile and link in `folder`, objects side by side."""
     units = sorted(sources.glob("*.cpp"))
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder, ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         objects = [Path(folder, unit.name).with_suffix(".o") for unit in units]
         flags = [*_COMMON, *LEVELS[level]]
         commands = [[*compiler, *flags, "-c", str(unit)] for unit in units]
-        list(pool.map(_make, commands, objects))
-        made = Path(folder, path.name)
-        _make([*compiler, "-shared", "-Wl,-z,defs", *map(str, objects), *map(str, _openmp())], made)
-        checksum = _checksum(made)
-        made.replace(path)
-        Path(folder, "checksum").write_text(checksum)
-        Path(folder, "checksum").replace(path.with_suffix(".sha256"))
-
-
-def _make(command: Sequence[str], made: Path) -> None:
-    _run([*command, "-o", str(made)])
-    if not made.is_file():
-        raise BuildError(f"{' '.join(command)} ended with exit status 0 and made no {made.name}")
-
-
-def _run(command: Sequence[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} took more than {BUILD_TIMEOUT_S:.0f} s: {' '.join(command[-3:])}") from None
-    if done.returncode:
-        tail = "\n".join(done.stderr.splitlines()[-20:])
-        raise BuildError(f"{' '.join(command)} failed with exit status {done.returncode}:\n{tail}")
-    return done.stdout
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the file is there, byte for byte as it was built: loading a truncated one would kill the process."""
-    try:
-        return path.with_suffix(".sha256").read_text() == _checksum(path)
-    except OSError:
-        return False
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        list(pool.map(make, commands, objects, repeat(BUILD_TIMEOUT_S)))
+    made = Path(folder, "library.so")
+    make([*compiler, "-shared", "-Wl,-z,defs", *map(str, objects), *map(str, _openmp())], made, BUILD_TIMEOUT_S)
+    return made

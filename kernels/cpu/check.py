@@ -8,7 +8,7 @@ import torch
 from kernels import torch_backend
 from kernels.cpu.attention import PagedAttention
 from kernels.cpu.gemm import Gemm
-from kernels.cpu.library import Library
+from kernels.native_library import Library
 from kernels.types import AttentionMetadata
 
 _ROWS = (1, 5, 40)  # a row, a part of a tile, several tiles

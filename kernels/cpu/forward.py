@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from kernels.cpu.gemm import Gemm
-from kernels.cpu.library import Library
 from kernels.cpu.lora import LoraGroup, lora_group, lora_segments, lora_weights
+from kernels.native_library import Library
 from kernels.types import AttentionMetadata, Segments, SiteGroup, SlotWeights
 
 NORM_KINDS = {"llama": 0, "gemma": 1}

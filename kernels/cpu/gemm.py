@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from kernels.cpu.library import Library
 from kernels.memory import lazy_zeros
+from kernels.native_library import Library
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kernels import torch_backend
-from kernels.cpu.library import Library
+from kernels.native_library import Library
 from kernels.types import STRIDE, Segments, SiteGroup, SlotWeights
 
 _ALIGNMENT = 64  # of the scratch memory, bytes

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from kernels.cpu import build
-from kernels.cpu.library import Library
+from kernels.native_library import Library
 from tests.kernels.test_lora import same_bits
 
 LEVELS = [level for level in ("portable", "avx512") if build.is_supported(level)]

@@ -14,7 +14,7 @@ class Library:
     def __init__(self, path: Path, level: str) -> None:
         """Raises OSError for a file that is no loadable library."""
         self.path = path
-        self.level = level  # "portable", "avx512", "amx" or "amx-emulated"
+        self.level = level  # kernels/cpu/build.py: "avx512"; kernels/cuda/build.py: "sm_90a", "emulated"
         self._library = ctypes.CDLL(str(path))
 
     def function(self, name: str, *argument_types: Any, result: Any = ctypes.c_int) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ import os
 import shutil
 
 from kernels.cpu import build
-from kernels.cpu.kept import KEPT_S, LEFT_S, MAX_GONE, note_use, sweep
+from kernels.kept import KEPT_S, LEFT_S, MAX_GONE, note_use, sweep
 
 NOW = 2e9
 

@@ -1,0 +1,87 @@
+"""The backend "cuda": CUDA C++ where it has fewer launches than Triton, Triton for all else. For compute 8.x and 9.0.
+
+`is_available` builds the library for the current device, or says in a log line why there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import cast
+
+import torch
+
+from kernels import triton
+from kernels.cuda.check import is_right
+from kernels.cuda.lora import Lora
+from kernels.ops import Backend
+from kernels.types import AttentionMetadata, Segments, SiteGroup, SlotWeights
+
+log = logging.getLogger(__name__)
+
+__all__ = ["is_available", "lora", "paged_attention", "segmented_embedding", "segmented_lora", "write_kv"]
+
+
+@functools.cache
+def lora(is_early: bool = True) -> Lora | None:
+    """The kernel on the current device, its library loaded (or built) at the first call; None where there is none.
+
+    is_early: where the device has it, a launch may begin while the one before it ends (csrc/lora.cu).
+    """
+    if not torch.cuda.is_available() or not triton.is_available():
+        log.info("CUDA C++ kernels: no CUDA device here, or no triton for what they leave to it")
+        return None
+    from kernels.cuda.build import load  # here, so that the module also runs as a command
+
+    capability = torch.cuda.get_device_capability()
+    library = load(capability)
+    if library is None:
+        return None
+    found = Lora(library, cast(Backend, triton), is_early=is_early and capability[0] >= 9)
+    if not is_right(found, torch.device("cuda", torch.cuda.current_device())):
+        log.error("CUDA C++ kernels: they compute wrongly on this device; use triton")
+        return None
+    return found
+
+
+def is_available() -> bool:
+    return lora() is not None
+
+
+def segmented_lora(
+    y: torch.Tensor, x: torch.Tensor, weights: SlotWeights, group: SiteGroup, segments: Segments
+) -> None:
+    """See kernels/ops.py."""
+    found = lora()
+    if found is None:
+        raise RuntimeError("the backend 'cuda' has no kernels on this machine; the backend 'triton' needs none")
+    found.segmented_lora(y, x, weights, group, segments)
+
+
+def segmented_embedding(y: torch.Tensor, ids: torch.Tensor, weights: SlotWeights, row: int, segments: Segments) -> None:
+    """See kernels/ops.py."""
+    triton.segmented_embedding(y, ids, weights, row, segments)
+
+
+def write_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See kernels/ops.py."""
+    triton.write_kv(k, v, k_cache, v_cache, slot_mapping)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See kernels/ops.py."""
+    return triton.paged_attention(
+        q, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
+    )
