@@ -26,6 +26,7 @@ MODULES = {
     "torch": "kernels.torch_backend",
     "cpu": "kernels.cpu",
     "triton": "kernels.triton",
+    "cuda": "kernels.cuda",
 }
 """Name -> module with the four functions. A native backend adds its line here and passes tests/kernels.
 A module that can't run everywhere says by `is_available()` whether it does here."""

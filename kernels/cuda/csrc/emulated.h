@@ -1,8 +1,8 @@
 // device.h for the CPU: every thread of a cluster is a fiber, run until it waits. For tests, not for speed.
 //
 // Warps run in an order that is chosen (first to last, last to first, drawn), each as far as it gets before another is
-// let on: a barrier that is missing lets a thread read what nobody has written yet. Shared memory begins as NaN. What
-// a GPU would not forgive is an error here: threads that wait at different barriers or for one that has ended, memory
+// let on: a barrier that is missing lets a thread read what nobody has written yet. Shared memory begins as NaN, and is
+// NaN again when its block has ended. What a GPU would not forgive is an error here: threads that wait at different barriers or for one that has ended, memory
 // at addresses that are not aligned, and, once ranges are allowed, memory outside of them.
 #pragma once
 
@@ -154,12 +154,15 @@ private:
     std::vector<Warp> warps_;
     std::vector<Barrier> blocks_;
     Barrier cluster_;
-    std::vector<char> memory_, stacks_map_;
+    std::vector<char> memory_;
+    std::vector<int> left_;  // by block: threads that have not ended
     char* stacks_ = nullptr;
     size_t stack_bytes_ = 0;
     Fiber* self_ = nullptr;
     jmp_buf scheduler_;
     const std::function<void()>* kernel_ = nullptr;
+
+    void forget(int block) { std::memset(memory_of(block), 0xff, SHARED_BYTES); }
 
     char* memory_of(int block) { return memory_.data() + static_cast<size_t>(block) * SHARED_BYTES; }
 
@@ -193,6 +196,7 @@ private:
         for (;;) {
             (*machine.kernel_)();
             machine.self_->is_done = true;
+            if (--machine.left_[machine.self_->block] == 0) machine.forget(machine.self_->block);
             machine.to_scheduler();
         }
     }
@@ -212,7 +216,8 @@ private:
 
     void run_cluster(const std::function<void()>& kernel) {
         kernel_ = &kernel;
-        std::memset(memory_.data(), 0xff, memory_.size());
+        left_.assign(size_, threads_);
+        for (int block = 0; block < size_; ++block) forget(block);
         cluster_ = {}, cluster_.size = size_ * threads_;
         for (Barrier& barrier : blocks_) barrier = {}, barrier.size = threads_;
         for (Warp& warp : warps_) warp.barrier = {}, warp.barrier.size = WARP;

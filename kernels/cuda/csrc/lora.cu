@@ -18,12 +18,11 @@
 // (16 bytes) where the instruction's own layout would have it gather pairs; both operands are dealt out alike. For y
 // the columns are: a lane has 8 neighbouring ones.
 //
-// Early launch (programmatic dependent launch): with is_early the kernel may start while the one before it, which
-// makes x and y, still runs. Up to grid_wait it reads the records, the table and the weights only. That is safe as
-// nothing before it in the stream that is still running may write these: they change by copies (a plan's fill, an
-// arena's and a table's loads), after which a launch waits in full, and only the base's kernels come between a step's
-// first layer and its last. Every thread waits before it ends, with work or without: whoever comes after this kernel
-// may rely on those before it.
+// Early launch (programmatic dependent launch): with is_early the kernel may start while the one directly before it in
+// the stream, which makes x or y, is ending. Up to grid_wait it reads the records, the table and the weights only, and
+// that is safe: whatever lies before that one kernel has ended when it began (it is an ordinary launch, or one of these,
+// which end after their own wait), a copy in its place is waited for in full, and a product of the base writes none of
+// the three. Every thread waits before it ends, with work or without: whoever comes after may rely on all before.
 
 #include "lora.h"
 
