@@ -20,11 +20,12 @@ serve: $(READY)  ## make serve MODEL=path/to/base ADAPTERS=path/to/folder
 test: $(READY)  ## the default suite; make test ARGS="tests/unit -x"
 	$(BIN)/python -m pytest -m "not slow and not cuda" $(ARGS)
 
-check: $(READY)  ## lint, format, types, import rules
+check: $(READY)  ## lint, format, types, import rules; the CUDA kernels, where nvcc is
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy server adapters_store
 	$(BIN)/python -m pytest -q tests/unit/test_import_rules.py
+	$(BIN)/python -m kernels.cuda.build --check
 
 bench: $(READY)  ## the measured results of docs/benchmarks.md
 	$(BIN)/multilora bench $(ARGS)
