@@ -155,7 +155,8 @@ CacheDir = Annotated[Path | None, typer.Option(help="Where compiled adapters are
 Backend = Annotated[
     KernelBackend,
     typer.Option(
-        help="Kernels: cpu (native, built on first use), torch, triton (NVIDIA), or auto: by device and compiler."
+        help="Kernels: cpu (native, built on first use), torch; for NVIDIA triton, or cuda (built by nvcc on first use "
+        "beside triton); or auto: by device and compiler."
     ),
 ]
 EnforceEager = Annotated[

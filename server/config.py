@@ -14,7 +14,7 @@ from adapters_store.remote_names import NamePolicy
 from server.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-KernelBackend = Literal["auto", "cpu", "torch", "triton", "reference"]  # beside auto the names of kernels/ops.py
+KernelBackend = Literal["auto", "cpu", "torch", "triton", "cuda", "reference"]  # auto, and kernels/ops.py's names
 
 _UNITS = {"": 1} | {letter: 1000**power for power, letter in enumerate("kmgt", 1)}
 _UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("kmgt", 1)}

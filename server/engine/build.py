@@ -37,6 +37,7 @@ from server.model.warmup import warm_up
 logger = logging.getLogger(__name__)
 
 MIXED_PREFILL_SHARE = 8  # of a step's rows, for prompts while others decode: smaller chunks read an adapter more often
+GRAPH_BACKENDS = ("triton", "cuda")  # their kernels read what changes from step to step in device memory
 
 
 def build(
@@ -52,7 +53,7 @@ def build(
     """
     torch.set_num_threads(config.threads or available_cpus())
     device = open_device(config.device)
-    backend_name, backend = _backend(config)
+    backend_name, backend = _backend(config, device)
     manifest, manifest_path = _manifest(config)
     base = load_base(config.model, config.dtype, str(device.where), config.max_model_len)
     max_rows = max_step_tokens(config)
@@ -81,7 +82,7 @@ def build(
     kv = KVCache(base.kv_shape, memory.num_blocks, config.block_size, base.dtype, base.device)
     limits = _limits(config, base, manifest)
     forward = forward_of(base, manifest, step, kv, backend, max_rows)
-    if backend_name == "triton":
+    if backend_name in GRAPH_BACKENDS:
         forward = _made_ready(forward, config, base, manifest, step, device)
     runner = ModelRunner(
         forward,
@@ -126,11 +127,15 @@ def _manifest(config: EngineConfig) -> tuple[BaseManifest, Path]:
     return manifest, path
 
 
-def _backend(config: EngineConfig) -> tuple[str, Backend]:
+def _backend(config: EngineConfig, device: Device) -> tuple[str, Backend]:
     """The one asked for; unasked, the native kernels of the device where this machine has them. Its name before it."""
     name: str = config.backend
     if name == "cpu" and config.device != "cpu":
         raise ConfigError(f"--backend cpu does not run on --device {config.device}; leave it out, or use triton")
+    if name == "cuda" and device.streams is None:
+        raise ConfigError(
+            f"--backend cuda does not run on --device {config.device}; leave it out, or use --device cuda"
+        )
     try:
         if name == "auto" and config.device != "cpu":
             name = "triton"

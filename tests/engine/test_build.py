@@ -17,6 +17,7 @@ from server.engine.build import _manifest, build
 from server.engine.device import Device, open_device
 from server.errors import ConfigError
 from tests.device import StandIn
+from tests.streams import RecordedStreams
 from tests.zoo import tiny_base
 
 
@@ -85,17 +86,29 @@ def test_backends_that_a_gpu_does_not_run(monkeypatch, tmp_path):
         build(config, open_device=on_gpu)
 
 
+def test_the_cuda_backend_where_it_can_not_be_had(monkeypatch, tmp_path):
+    config = EngineConfig(model=str(tmp_path / "none"), threads=1, backend="cuda")
+    with pytest.raises(ConfigError, match=r"--backend cuda does not run on --device cpu; .*--device cuda"):
+        build(config)
+    monkeypatch.setattr(ops, "_is_available", lambda name: name != "cuda")
+    on_gpu = Device(torch.device("cuda:0"), streams=RecordedStreams())
+    with pytest.raises(ConfigError, match=r"--backend cuda: .*'cuda' does not run on this machine .*log says why"):
+        build(msgspec.structs.replace(config, device="cuda:0"), open_device=lambda name: on_gpu)
+
+
 @pytest.mark.parametrize(
     ("options", "num_graphs"),
     [
         ({"backend": "triton"}, 3 * 3),  # 1, 2 and 4 rows; none, 16 and 64
         ({"backend": "triton", "max_lora_rank": 8}, 3 * 2),
         ({"backend": "triton", "enforce_eager": True}, 0),
+        ({"backend": "cuda"}, 3 * 3),
         ({"backend": "torch"}, 0),
     ],
 )
 def test_what_is_captured_at_start(monkeypatch, tmp_path, options, num_graphs):
     device = StandIn(monkeypatch)
+    monkeypatch.setitem(ops.MODULES, "cuda", ops.MODULES["triton"])
     fields = {"max_num_seqs": 4, "max_step_tokens": 8, "max_lora_rank": 64, "kv_memory": 1 << 20, **options}
     base = tiny_base(tmp_path / "base", "llama", num_hidden_layers=1)
     config = EngineConfig(model=str(base), cache_dir=str(tmp_path), adapter_memory=1 << 20, threads=1, **fields)
