@@ -6,7 +6,8 @@ Each case runs twice with fresh random inputs against fp64 on the same values. W
 arena, rows of no segment, columns of no slice, cache positions of nobody, and free memory before every case; what may
 not be written must keep its bits. "off" is the worst element's error over what rounding allows (1 is the bound),
 "error" the norm of the difference over that of the result. Then the same inside graphs: one capture, a plan of
-another step before each replay. Ends with status 1 where anything is wrong.
+another step before each replay. Beside Triton the fused CUDA C++ kernel is checked at the steps that are its own, where
+this device has it. Ends with status 1 where anything is wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from kernels import ops
 from kernels.types import SiteGroup
-from loadtest.gpu import oracle
+from loadtest.gpu import fused, oracle
 from loadtest.gpu.adapters import Members, make_adapters
 from loadtest.gpu.check_attention import (
     AttentionCase,
@@ -85,17 +86,39 @@ def cases(run: Run) -> Iterator[tuple[str, str, Callable[[], Verdict]]]:
     for dtype in dtypes[:2]:
         for bucket in (16,) if is_tiny else GRAPH_RANKS:
             name = f"lora in a graph, ranks up to {bucket}, {short(dtype)}"
-            yield "adapters in a graph", name, lambda dtype=dtype, bucket=bucket: lora_graphs(run, dtype, bucket)
+            yield (
+                "adapters in a graph",
+                name,
+                lambda dtype=dtype, bucket=bucket: lora_graphs(run, dtype, bucket, backend),
+            )
         name = f"attention in a graph, {short(dtype)}"
         yield "attention in a graph", name, lambda dtype=dtype: attention_graph(run, dtype)
     for recipe in (*recipes(is_tiny), *attention_recipes(is_tiny)):
         kind = recipe.name.split(maxsplit=1)[0].replace("lora", "adapters").rstrip(",")
-        yield kind, recipe.name, lambda recipe=recipe: eager(run, recipe)
+        yield kind, recipe.name, lambda recipe=recipe: eager(run, recipe, backend)
+    for other in fused.backends_beside(backend):
+        yield from fused_cases(run, other)
 
 
-def eager(run: Run, recipe: Recipe | AttentionRecipe) -> Verdict:
+def fused_cases(run: Run, backend: str) -> Iterator[tuple[str, str, Callable[[], Verdict]]]:
+    """Those of `cases` that another backend computes with kernels of its own."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for bucket in (16,) if run.is_tiny else (16, 64):
+            yield (
+                f"adapters in a graph, {backend}",
+                f"lora in a graph by {backend}, ranks up to {bucket}, {short(dtype)}",
+                lambda dtype=dtype, bucket=bucket: lora_graphs(run, dtype, bucket, backend, has_sets=False),
+            )
+    for recipe in recipes(run.is_tiny):
+        members = recipe.who(random.Random(run.seed))
+        has_sets = any(len(own) > 1 for own in members)
+        if not recipe.vocab and fused.does(len(members), max(recipe.ranks), recipe.dtype, has_sets):
+            name = recipe.name.replace("lora", f"lora by {backend}", 1)
+            yield f"adapters, {backend}", name, lambda recipe=recipe: eager(run, recipe, backend)
+
+
+def eager(run: Run, recipe: Recipe | AttentionRecipe, backend: str) -> Verdict:
     """A case as it runs outside of graphs, and once more: the same arguments give the same bits."""
-    backend = run.options.backend
 
     def check(seed: int) -> Verdict:
         case = recipe.make(run.machine, seed)
@@ -110,9 +133,9 @@ def eager(run: Run, recipe: Recipe | AttentionRecipe) -> Verdict:
     return twice(check, run.seed)
 
 
-def lora_graphs(run: Run, dtype: torch.dtype, bucket: int) -> Verdict:
+def lora_graphs(run: Run, dtype: torch.dtype, bucket: int, backend: str, has_sets: bool = True) -> Verdict:
     """Two projections captured into one graph, then replayed for steps of other rows, members and inputs."""
-    machine, backend = run.machine, run.options.backend
+    machine = run.machine
     rng, generator = random.Random(run.seed), torch.Generator(machine.device).manual_seed(run.seed)
     machine.poison()
     groups = [_moved(group, 3 * number) for number, group in enumerate(_graph_groups(run.is_tiny))]
@@ -121,7 +144,7 @@ def lora_graphs(run: Run, dtype: torch.dtype, bucket: int) -> Verdict:
     for group in groups:
         sites |= group_sites_of(group, range(1, slots + 1), GRAPH_RANKS[bucket], rng)
     adapters = make_adapters(sites, slots + 1, NUM_TABLE_ROWS, dtype, generator)
-    plan = SegmentsPlan(machine, backend, rows, 3 * rows, bucket)
+    plan = SegmentsPlan(machine, backend, rows, 3 * rows if has_sets else rows, bucket)
     held = [lora_case(group, adapters, [((1, 1.0),)] * rows, dtype, generator) for group in groups]
     plan.fill(held[0].segments)
 
@@ -131,7 +154,7 @@ def lora_graphs(run: Run, dtype: torch.dtype, bucket: int) -> Verdict:
 
     graph = machine.capture(step)
     verdicts = []
-    for members in _changing(rng, rows, slots, 3 if run.is_tiny else REPLAYS):
+    for members in _changing(rng, rows, slots, 3 if run.is_tiny else REPLAYS, has_sets):
         members = members + [()] * (rows - len(members))  # padding rows belong to no segment
         made = [lora_case(group, adapters, members, dtype, generator) for group in groups]
         for case, new in zip(held, made, strict=True):
@@ -209,11 +232,11 @@ def by_kind(rows: Sequence[Verdict]) -> list[Verdict]:
     return table
 
 
-def _changing(rng: random.Random, rows: int, slots: int, count: int) -> Iterator[list[Members]]:
+def _changing(rng: random.Random, rows: int, slots: int, count: int, has_sets: bool) -> Iterator[list[Members]]:
     """Steps of very different sizes one after the other: a plan that isn't taken on wholly shows."""
     yield [((1 + row % slots, 1.0),) for row in range(rows)]
     yield [((slots, 1.0),)]
-    yield sets(rng, rows, slots)
+    yield sets(rng, rows, slots) if has_sets else [()] * rows
     for _ in range(count - 3):
         used = rng.randint(1, rows)
         own = sorted(rng.randint(0, slots) for _ in range(used))

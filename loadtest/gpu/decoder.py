@@ -7,6 +7,7 @@ modules, no scheduler, no sampler beyond the largest logit.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,7 @@ class Decoder:
     ) -> None:
         self.machine, self.shape, self.dtype, self.num_blocks = machine, shape, dtype, num_blocks
         self._ops, self._small, self._generator = get_backend(backend), small_ops(machine), generator
+        self.lora: Callable[..., None] = self._ops.segmented_lora  # another one's may stand in its place
         self.embedding = self._draw(shape.vocab, shape.hidden, 1.0)
         self.layers = [self._layer(number) for number in range(shape.layers)]
         self.norm = torch.ones(shape.hidden, dtype=dtype, device=machine.device)
@@ -98,7 +100,7 @@ class Decoder:
     def _project(self, layer: Layer, name: str, x: torch.Tensor, adapters: StepAdapters | None) -> torch.Tensor:
         y = linear(x, layer.projections[name])
         if adapters is not None:
-            self._ops.segmented_lora(y, x, adapters.weights, layer.groups[name], adapters.segments)
+            self.lora(y, x, adapters.weights, layer.groups[name], adapters.segments)
         return y
 
     def _layer(self, number: int) -> Layer:

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.ops import get_backend
 from kernels.types import AttentionMetadata, SiteGroup
-from loadtest.gpu import oracle
+from loadtest.gpu import fused, oracle
 from loadtest.gpu.adapters import SiteShape, make_adapters, segments_of, spread
 from loadtest.gpu.check_attention import Requests, block_tables, metadata
 from loadtest.gpu.contestants import cublas_block_diagonal, cublas_by_slice, gather, stacks_of
@@ -75,9 +75,12 @@ def lora_case(
         for width in (groups[0].in_features, columns)
     )
     before = ys[0].clone()
-    ours = get_backend(backend).segmented_lora
-
-    calls: dict[str, Call] = {OURS: lambda i: ours(ys[i], xs[i], made.weights, groups[i], segments)}
+    own = {OURS: get_backend(backend).segmented_lora}
+    if fused.does(batch.rows, max(ranks), dtype):
+        own |= fused.contestants(backend)
+    calls: dict[str, Call] = {
+        name: lambda i, lora=lora: lora(ys[i], xs[i], made.weights, groups[i], segments) for name, lora in own.items()
+    }
     makers: dict[str, Callable[..., Callable[[], object] | None]] = {"gather": gather, **peers}
     if batch.distinct == 1:
         makers |= {"cuBLAS a": cublas_by_slice, "cuBLAS b": cublas_block_diagonal}

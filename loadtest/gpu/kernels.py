@@ -10,6 +10,8 @@ floor   bytes that must move over the copy bandwidth, or multiply-adds over the 
 goal    floor + 2.5 us for each launch; 1.5 floors above 40 MB
 cuBLAS  two or so products, for one adapter; gather: torch.bmm over gathered matrices; torch: dense
         scaled_dot_product_attention, index_copy; vLLM, SGLang: their Triton kernels (--peers, see peers.py)
+CUDA    the fused CUDA C++ kernel (kernels/cuda) where it is the step's and this device has it, in place of ours; with
+        programmatic dependent launch and without
 lead    the fastest other's time over ours; wanted are 1.5 over vLLM and SGLang where they take over two floors, and
         0.95 over anything
 
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 
+from loadtest.gpu import fused
 from loadtest.gpu.kernel_cases import OURS, Case, attention_case, attention_cases, lora_case, write_case
 from loadtest.gpu.machine import Graph, Machine, in_turns
 from loadtest.gpu.oracle import MAX_ERROR
@@ -43,6 +46,8 @@ COLUMNS = (
     "goal",
     "met",
     "warm",
+    fused.NAME,
+    fused.PLAIN,
     "cuBLAS",
     "gather",
     "torch",
@@ -55,6 +60,7 @@ LAUNCH_US = 2.5
 LARGE_BYTES = 40e6
 WARM_CALLS = 32
 PEERS = ("vLLM", "SGLang")
+OWN = {OURS, fused.NAME, fused.PLAIN}
 MAX_ERROR_OF_ALL = 2 * MAX_ERROR[torch.bfloat16]  # others round v too, or sum in bf16
 
 
@@ -73,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limits = run.machine.limits()
         for name, make in cases(run, peers):
             run.case(name, lambda make=make: measure(run.machine, make(), limits, options.rounds))
-    wrong = sum(row["wrong"] is not None and OURS in row["wrong"] for row in run.rows)
+    wrong = sum(bool(OWN.intersection(row["wrong"] or ())) for row in run.rows)
     return run.finish(COLUMNS, summary(run.rows, limits), wrong)
 
 
@@ -106,7 +112,7 @@ def measure(machine: Machine, case: Case, limits: Mapping[str, float], rounds: i
                 graphs.append((name, *_over(machine, call, range(case.num_sets))))
                 graphs.append((f"{name}, warm", *_over(machine, call, [0] * (WARM_CALLS if machine.is_cuda else 2))))
         except Exception as error:  # another project's code: ours is measured all the same
-            if name == OURS:
+            if name in OWN:
                 raise
             refused[name] = f"{type(error).__name__}: {error}"
     times = in_turns(machine, graphs, rounds)
@@ -129,9 +135,10 @@ def figures(case: Case, us: Mapping[str, float], limits: Mapping[str, float]) ->
     floor = max(case.num_bytes / limits["copy_bytes_per_s"] * 1e6, case.products / limits["multiply_adds_per_s"] * 1e6)
     goal = 1.5 * floor if case.num_bytes > LARGE_BYTES else floor + LAUNCH_US * case.launches
     own = us.get(OURS)
-    others = {name: time for name, time in us.items() if name != OURS and not name.endswith(", warm")}
+    cold = {name: time for name, time in us.items() if not name.endswith(", warm")}
+    others = {name: time for name, time in cold.items() if name not in OWN}
     row: dict[str, Any] = {"MB": case.num_bytes / 1e6, "floor": floor, "us": own, "goal": goal}
-    row |= {"met": None if own is None else own <= goal, "warm": us.get(f"{OURS}, warm")} | others
+    row |= {"met": None if own is None else own <= goal, "warm": us.get(f"{OURS}, warm")} | cold
     if own is None or not others:
         return row | {"lead": None, "ahead": None}
     peers = [others[name] for name in PEERS if name in others]
@@ -152,6 +159,7 @@ def summary(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> d
     return {
         "floor + 2.5 us a launch, or 1.5 floors": met("met"),
         "ahead of the others as wanted": met("ahead"),
+        "CUDA C++": _fused(rows),
         "copy, GB/s": limits["copy_bytes_per_s"] / 1e9,
         "bf16 product, TFLOP/s": 2 * limits["multiply_adds_per_s"] / 1e12,
         "smallest launch in a graph, us": limits["launch_us"],
@@ -161,6 +169,17 @@ def summary(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> d
         )
         or None,
     }
+
+
+def _fused(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The fused kernel's goals, of one launch, and what it gains over ours."""
+    held = [row for row in rows if row.get(fused.NAME) is not None and row["us"] is not None]
+    if not held:
+        return "not measured: not on this device (see above), or no case of its kind"
+    goals = [1.5 * row["floor"] if row["MB"] * 1e6 > LARGE_BYTES else row["floor"] + LAUNCH_US for row in held]
+    met = sum(row[fused.NAME] <= goal for row, goal in zip(held, goals, strict=True))
+    gain = statistics.median(row["us"] / row[fused.NAME] for row in held)
+    return f"{met} of {len(held)} within their goal for one launch; ours over it, median {gain:.3g}"
 
 
 def _over(machine: Machine, call: Callable[[int], object], sets: Sequence[int]) -> tuple[Graph, int]:

@@ -19,7 +19,7 @@ class SegmentsPlan:
     def __init__(self, machine: Machine, backend: str, max_rows: int, max_members: int, max_rank: int) -> None:
         self.segments = Segments()
         self._device = None
-        if backend == "triton":
+        if backend in ("triton", "cuda"):
             from kernels.triton.plan import DeviceSegments, bucket_of
 
             self._device = DeviceSegments(max_rows, max_members, bucket_of(max_rank), machine.device)
@@ -47,7 +47,7 @@ class AttentionPlan:
         starts, contexts = list(range(max_requests + 1)), [1] * max_requests
         self.meta = AttentionMetadata(max_requests, starts, contexts, tables, mapping, block_size)
         self._device = None
-        if backend == "triton":
+        if backend in ("triton", "cuda"):
             from kernels.triton.metadata import DeviceAttention
 
             self._device = DeviceAttention(max_requests, max_blocks, machine.device)

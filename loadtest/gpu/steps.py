@@ -3,7 +3,8 @@
     python -m loadtest.gpu.steps [--out steps.json] [--only decode prefill isolation] [--context 512]
 
 decode     one graph a batch: an 8B-shaped decoder with random weights, batches of 32 and 128 rows over --context
-           positions each, without adapters and with 1, 8, 32 distinct of rank 16, 32 of rank 64, 32 of ragged ranks
+           positions each, without adapters and with 1, 8, 32 distinct of rank 16, 32 of rank 64, 32 of ragged;
+           then with the fused CUDA C++ kernel, where this device has it (see kernels)
 prefill    2,048 tokens of 1, 8 and 32 prompts, one adapter each, from Python as a server runs them, and as a graph
 isolation  a small decoder's graphs while adapters are loaded and evicted and requests aborted: every row against fp32
 
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 
 from kernels.types import SlotWeights
+from loadtest.gpu import fused
 from loadtest.gpu.adapters import group_sites, make_adapters, segments_of, spread
 from loadtest.gpu.check_attention import Requests, block_tables, metadata
 from loadtest.gpu.decoder import BLOCK_SIZE, Decoder, StepAdapters
@@ -137,18 +139,24 @@ class Bench:
         """One line without adapters, one for each variant."""
         machine, requests = self.run.machine, [(self.context, 1)] * rows
         graphs: list[tuple[str, Graph, int]] = [("base", machine.capture(self.step(requests, None)), 1)]
-        for variant in self.variants:
-            graphs.append((variant.name, machine.capture(self.step(requests, self.adapters(variant, rows))), 1))
+        variants = [(variant.name, variant) for variant in self.variants]
+        graphs += [(name, machine.capture(self.step(requests, self.adapters(own, rows))), 1) for name, own in variants]
+        for how, lora in fused.contestants(self.run.options.backend).items():
+            ours, self.decoder.lora = self.decoder.lora, lora
+            by = [(f"{own.name}, {how}", own) for own in self.variants if max(own.ranks) <= fused.MAX_RANK]
+            graphs += [(name, machine.capture(self.step(requests, self.adapters(own, rows))), 1) for name, own in by]
+            self.decoder.lora = ours
+            variants += by
         times = in_turns(machine, graphs, budget_s=BUDGET_S)
         us = {name: statistics.median(one for own in found for one in own) for name, found in times.items()}
         item = self.decoder.dtype.itemsize
         floor = item * (self.shape.matrix_elements + rows * self.context * self.shape.kv_elements) / self._bandwidth
         lines = [self._line(f"decode {rows}, base", us["base"], floor, rows, BASE_GOAL)]
-        for variant in self.variants:
+        for name, variant in variants:
             extra = self._adapter_bytes(variant, 0) / self._bandwidth
             lines.append(
-                self._line(f"decode {rows}, {variant.name}", us[variant.name], floor + extra, rows)
-                | _of_base(us["base"], us[variant.name], extra, variant.goal)
+                self._line(f"decode {rows}, {name}", us[name], floor + extra, rows)
+                | _of_base(us["base"], us[name], extra, variant.goal)
             )
         return lines
 

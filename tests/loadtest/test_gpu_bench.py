@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import ops
-from loadtest.gpu import check, kernels, output, peers, steps
+from kernels import ops, torch_backend
+from loadtest.gpu import check, fused, kernels, output, peers, steps
 from loadtest.gpu.adapters import segments_of, spread
 from loadtest.gpu.check_attention import attention_recipes
 from loadtest.gpu.check_lora import recipes
 from loadtest.gpu.contestants import Stacks
 from loadtest.gpu.kernel_cases import Case
 from loadtest.gpu.shapes import LLAMA_8B, batches
-from tests.loadtest.broken_kernels import FAULTS, _raises, register
+from tests.loadtest.broken_kernels import FAULTS, _nothing, _raises, register
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"check": check, "kernels": kernels, "steps": steps}
@@ -73,6 +73,51 @@ def test_a_wrong_kernel_has_no_time_and_fails_the_kernels_run(tmp_path, monkeypa
     assert status == 1 and found["wrong"] == len(found["rows"]) > 0
     for row in found["rows"]:
         assert row["us"] is None and row["met"] is None and row["wrong"] == ["ours"] and row["gather"] > 0
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """A stand-in for the fused kernel, as if this machine had it: torch's, or what is given."""
+
+    def use(lora=torch_backend.segmented_lora):
+        monkeypatch.setattr(fused, "contestants", lambda backend: {fused.NAME: lora, fused.PLAIN: lora})
+        monkeypatch.setattr(fused, "does", lambda *step: not any(step[3:]))
+        monkeypatch.setattr(fused, "backends_beside", lambda backend: [register(monkeypatch, segmented_lora=lora)])
+
+    return use
+
+
+def test_the_fused_kernel_is_timed_beside_ours_where_it_is_there(tmp_path, beside):
+    _, without = run("kernels", tmp_path, "--only", "lora", "--rounds", "1")
+    assert "not measured" in without["summary"]["CUDA C++"] and fused.NAME not in without["rows"][0]
+    beside()
+    status, found = run("kernels", tmp_path, "--only", "lora", "--rounds", "1")
+    assert status == 0 and all(row[fused.NAME] > 0 < row[fused.PLAIN] for row in found["rows"])
+    assert f"of {len(found['rows'])} within" in found["summary"]["CUDA C++"]
+    assert all(row["lead"] == pytest.approx(row["gather"] / row["us"]) for row in found["rows"] if "cuBLAS" not in row)
+    beside(_nothing)
+    status, found = run("kernels", tmp_path, "--only", "lora", "--rounds", "1")
+    assert status == 1 and found["wrong"] == len(found["rows"])
+    assert all(row["wrong"] == [fused.NAME, fused.PLAIN] and row["us"] > 0 for row in found["rows"])
+
+
+def test_the_fused_kernel_is_checked_beside_ours_where_it_is_there(tmp_path, beside):
+    beside()
+    status, found = run("check", tmp_path)
+    kinds = {row["kind"].partition(", ")[0] for row in found["cases"] if "," in row["kind"]}
+    assert status == 0 and kinds == {"adapters", "adapters in a graph"}
+    beside(_nothing)
+    status, found = run("check", tmp_path)
+    wrong = {row["kind"] for row in found["cases"] if not row["right"]}
+    assert status == 1 and len(wrong) == 2 and all("," in kind for kind in wrong)
+
+
+def test_steps_with_the_fused_kernel_are_lines_of_their_own(tmp_path, beside):
+    beside()
+    status, found = run("steps", tmp_path, "--only", "decode")
+    named = [row["case"] for row in found["rows"]]
+    assert status == 0 and "decode 2, 2, rank 16" in named
+    assert [name for name in named if "CUDA" in name][:2] == ["decode 2, 2, rank 16, CUDA", "decode 2, 2, ragged, CUDA"]
 
 
 def test_isolation_sees_a_wrong_kernel_and_its_own_faults(tmp_path, monkeypatch):
