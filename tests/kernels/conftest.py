@@ -14,7 +14,7 @@ from tests.kernels.on_cuda import OnCuda
 @pytest.fixture(params=backends())
 def backend(request: pytest.FixtureRequest) -> Backend:
     found = get_backend(request.param)
-    if request.param == "triton" and torch.cuda.is_available() and not _is_interpreted():
+    if request.param in ("triton", "cuda") and torch.cuda.is_available() and not _is_interpreted():
         return cast(Backend, OnCuda(found))
     return found
 
