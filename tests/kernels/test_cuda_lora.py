@@ -19,6 +19,7 @@ from tests.kernels.builders import PHASES, POPULARITIES, RANKS, SHAPES, ArenaBui
 from tests.kernels.emulated_cuda import AMPERE, BACKWARD, FORWARD, HOPPER, SMALL, Emulated, changed, library
 from tests.kernels.test_lora import run, same_bits
 from tests.kernels.test_lora_edges import (  # noqa: F401  (the tests among these run here with this file's backend)
+    GROUP,
     assert_exact,
     make_case,
     plain,
@@ -195,6 +196,73 @@ def test_one_plan_filled_anew_equals_fresh_ones(backend):
         touched = case.touched()
         assert ((got.double() - case.exact()).abs() <= case.bound())[touched].all()
         assert same_bits(got[~touched], case.y[~touched])
+
+
+class Capturing:
+    """The library, which also keeps the launches' arguments as a graph does: a copy of their bytes."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[object, ...]] = []
+        self._launch = None
+
+    def function(self, name: str, *types: object, result: object = ctypes.c_int):
+        found = library().function(name, *types, result=result)
+        if name != "ml_cuda_lora":
+            return found
+        self._launch = found
+
+        def launch(args, *others):
+            structure = args._obj
+            self.launches.append((type(structure).from_buffer_copy(structure), *others))
+            return found(args, *others)
+
+        return launch
+
+    def replay(self) -> None:
+        for args, *others in self.launches:
+            assert self._launch(ctypes.byref(args), *others) == 0
+
+
+@pytest.mark.parametrize("bucket", [16, 64])
+def test_a_launch_that_is_repeated_follows_plans_and_adapters(bucket):
+    """A captured graph's: the very bytes of the launch again, over other segments, adapters, inputs in their places."""
+    rows, rng = 40, random.Random(bucket)
+    capturing = Capturing()
+    lora = Lora(capturing, torch_backend, is_early=False)
+    plan = DeviceSegments(rows, rows, bucket)
+    case = make_case(adapters(rng, bucket), Segments([], [], [], {"triton": plan}), rows)
+    arena = torch.full((1 << 17,), torch.nan, dtype=torch.bfloat16)
+    case.weights.arena = arena
+    plan.fill(case.segments)  # captured when no adapter was there
+    lora.segmented_lora(case.y, case.x, case.weights, case.group, case.segments)
+    assert len(capturing.launches) == 1
+    for share in (0.9, 0.2, 0.0, 1.0):
+        builder = adapters(rng, bucket)
+        host = builder.weights()
+        arena.fill_(torch.nan)
+        arena[: len(host.arena)] = host.arena
+        case.weights.table.copy_(host.table)
+        case.dense = builder.dense
+        case.segments = random_segments(rng, rows, share)
+        plan.fill(case.segments)
+        case.x.normal_(generator=torch.Generator().manual_seed(rng.randrange(99)))
+        case.y.normal_(generator=torch.Generator().manual_seed(rng.randrange(99)))
+        touched, before = case.touched(), case.y.clone()
+        case.y[~touched] = torch.nan
+        expected, bound = case.exact(), case.bound(rounds_v=False)
+        capturing.replay()
+        assert ((case.y.double() - expected).abs() <= 1.05 * bound)[touched].all()
+        assert case.y[~touched].isnan().all() and bool(touched.any()) != same_bits(case.y[touched], before[touched])
+
+
+def adapters(rng: random.Random, bucket: int) -> ArenaBuilder:
+    """Slots 1 to 3 of any ranks up to the bucket; some lack a slice, some have biases."""
+    builder = ArenaBuilder(torch.bfloat16, num_slots=4, seed=rng.randrange(1 << 30))
+    for slot in (1, 2, 3):
+        for row, width in zip(GROUP.rows, GROUP.widths, strict=True):
+            if rng.random() < 0.8:
+                builder.add(slot, row, width, GROUP.in_features, rng.randint(1, bucket), bias=rng.random() < 0.3)
+    return builder
 
 
 def random_segments(rng: random.Random, rows: int, share: float) -> Segments:
