@@ -29,7 +29,7 @@ def lora(is_early: bool = True) -> Lora | None:
     is_early: where the device has it, a launch may begin while the one before it ends (csrc/lora.cu).
     """
     if not torch.cuda.is_available() or not triton.is_available():
-        log.info("CUDA C++ kernels: no CUDA device here, or no triton for what they leave to it")
+        log.debug("CUDA C++ kernels: no CUDA device here, or no triton for what they leave to it")
         return None
     from kernels.cuda.build import load  # here, so that the module also runs as a command
 
