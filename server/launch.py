@@ -8,6 +8,7 @@ import resource
 import socket
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import uvloop
 from rich.console import Console
@@ -131,13 +132,23 @@ def _open_sources(config: ServerConfig) -> list[LocalSource | RemoteSource]:
     options = RemoteOptions(allow_private=config.allow_private_sources, allowed_hosts=config.source_redirect_hosts)
     for url in dict.fromkeys(config.adapter_sources):
         if url.startswith("file://") or "://" not in url:
-            sources.append(LocalSource(_existing_folder("--adapter-source", url.removeprefix("file://"))))
+            sources.append(LocalSource(_existing_folder("--adapter-source", _path_of(url))))
             continue
         try:
             sources.append(open_source(url, options=options))
         except ValueError as error:
             raise ConfigError(f"--adapter-source: {error}") from error
     return sources
+
+
+def _path_of(url: str) -> str:
+    """The path of a file URL, or what is no URL as it is."""
+    if not url.startswith("file://"):
+        return url
+    host, slash, path = url.removeprefix("file://").partition("/")
+    if host not in ("", "localhost"):
+        raise ConfigError(f"--adapter-source {url}: {host} is read as a host, which file: has none of; file:///PATH")
+    return slash + unquote(path)
 
 
 def _leading_folders(sources: list[LocalSource | RemoteSource]) -> list[LocalSource]:

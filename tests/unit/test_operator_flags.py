@@ -88,17 +88,32 @@ def test_a_policy_that_is_none_is_refused():
 def test_sources_are_opened_in_their_order(tmp_path):
     engine = EngineConfig(model="base")
     (tmp_path / "adapters").mkdir()
-    urls = ("s3://b/one", str(tmp_path), "https://host.example/two", f"file://{tmp_path}/", "s3://b/one")
+    (tmp_path / "with space").mkdir()
+    urls = (
+        f"file://localhost{tmp_path}/with%20space",
+        "s3://b/one",
+        str(tmp_path),
+        "https://host.example/two",
+        f"file://{tmp_path}/",
+        "s3://b/one",
+    )
     found = ServerConfig(
         engine=engine, served_names=("b",), adapter_roots=(str(tmp_path / "adapters"),), adapter_sources=urls
     )
     opened = [source.source for source in launch._open_sources(found)]
-    assert opened == [f"{tmp_path}/adapters", "s3://b/one", str(tmp_path), "https://host.example/two", str(tmp_path)]
-    for url, word in (("ftp://host/x", "ftp"), ("s3://key:secret@b/x", "--adapter-source"), ("/no/such", "no such")):
+    first = [f"{tmp_path}/adapters", f"{tmp_path}/with space"]
+    assert opened == [*first, "s3://b/one", str(tmp_path), "https://host.example/two", str(tmp_path)]
+    refused = (
+        ("ftp://host/x", "ftp"),
+        ("file://adapters/x", "read as a host"),
+        ("s3://key:secret@b/x", "--adapter-source"),
+        ("/no/such", "no such"),
+    )
+    for url, word in refused:
         config = ServerConfig(engine=engine, served_names=("b",), adapter_sources=(url,))
-        with pytest.raises(ConfigError, match=word) as refused:
+        with pytest.raises(ConfigError, match=word) as said:
             launch._open_sources(config)
-        assert "secret" not in str(refused.value)
+        assert "secret" not in str(said.value)
 
 
 @pytest.mark.parametrize("flags", [["--adapter-source", ""], ["--adapter-source", "file://"], ["--adapters", ""]])
