@@ -15,7 +15,17 @@ from kernels.cuda.lora import Lora
 from kernels.ops import MODULES, get_backend
 from kernels.triton.plan import DeviceSegments
 from kernels.types import Segments, SiteGroup
-from tests.kernels.builders import PHASES, POPULARITIES, RANKS, SHAPES, ArenaBuilder, LoraCase, lora_case, pairwise
+from tests.kernels.builders import (
+    PHASES,
+    POPULARITIES,
+    RANKS,
+    SHAPES,
+    ArenaBuilder,
+    Dense,
+    LoraCase,
+    lora_case,
+    pairwise,
+)
 from tests.kernels.emulated_cuda import AMPERE, BACKWARD, FORWARD, HOPPER, SMALL, Emulated, changed, library
 from tests.kernels.test_lora import run, same_bits
 from tests.kernels.test_lora_edges import (  # noqa: F401  (the tests among these run here with this file's backend)
@@ -81,7 +91,9 @@ def mixed_case(dtype: torch.dtype = torch.bfloat16, rows: int = 40, width: int =
         for row, columns in zip(group.rows, group.widths, strict=True):
             if (slot, row) != (4, 1):
                 builder.add(slot, row, columns, group.in_features, 0 if (slot, row) == (3, 2) else rank, bias=slot == 3)
-    case = make_case(builder, plain((0, 19, 1), (20, 21, 2), (21, 30, 3), (30, 32, 4), (33, rows, 2)), rows, group)
+    segments = plain((0, 19, 1), (20, 21, 2), (21, 30, 3), (30, 32, 4), (33, rows, 2))
+    segments.members[2:4] = ((3, -0.5),), ((4, 1.3),)
+    case = make_case(builder, segments, rows, group)
     untouched = ~case.touched()
     case.y[untouched] = torch.nan
     case.x[untouched.all(1)] = torch.nan
@@ -323,6 +335,17 @@ def test_an_absent_site_is_not_written(backend):
     case.y[30:32, :200] = -0.0
     assert not case.touched()[30:32, :200].any()
     assert same_bits(run(backend, case)[30:32, :200], case.y[30:32, :200])
+
+
+def test_a_rank_beyond_the_plan_s_is_cut_off(backend):
+    """No memory is read for it: what a graph was captured for stays its bound."""
+    case = make_case(two_adapters(torch.bfloat16, ranks=(24, 8)), plain((0, 12, 1)))
+    plan = DeviceSegments(12, 12, 16)
+    plan.fill(case.segments)
+    case.segments.scratch["triton"] = plan
+    for (slot, row), site in case.dense.items():
+        case.dense[slot, row] = Dense(site.a[:16], site.b[:, :16], None)
+    assert_right(backend, case)
 
 
 def test_an_infinite_row_stays_alone(backend):
