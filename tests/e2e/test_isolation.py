@@ -52,7 +52,7 @@ def test_two_thousand_requests(tiny, tmp_path):
     print(counts, stats)
     assert counts.wrong == 0, counts
     # it was the storm it claims to be
-    assert counts.compared > 1500 and counts.aborted > 50 and counts.failed < 200, counts
+    assert counts.compared > 1000 and counts.aborted > 50 and counts.failed < 200, counts
     assert counts.replacements > 20 and counts.unloads > 20 and counts.removals > 5, counts
     assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
 
@@ -66,7 +66,7 @@ def test_with_a_step_scheduled_while_another_runs(tiny, tmp_path):
     world.close()
     print(counts, stats)
     assert counts.wrong == 0, counts
-    assert counts.compared > 500 and counts.aborted > 15 and counts.replacements > 5 and counts.unloads > 5, counts
+    assert counts.compared > 350 and counts.aborted > 15 and counts.replacements > 5 and counts.unloads > 5, counts
     assert stats.adapter_evictions > 30 and stats.preemptions > 5 and stats.prefix_hits > 100, stats
 
 
@@ -85,7 +85,7 @@ def test_two_thousand_requests_in_bf16(tiny, tmp_path):
     world.close()
     print(counts, stats)
     assert counts.wrong == 0, counts
-    assert counts.compared > 1500 and counts.aborted > 50 and counts.failed < 200, counts
+    assert counts.compared > 1000 and counts.aborted > 50 and counts.failed < 200, counts
     assert counts.replacements > 20 and counts.unloads > 20 and counts.removals > 5, counts
     assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
 
@@ -117,7 +117,7 @@ def test_demo_base(tmp_path_factory, tmp_path):
     world.close()
     print(counts, stats)
     assert counts.wrong == 0, counts
-    assert counts.compared > 140 and counts.aborted > 5 and counts.replacements > 5, counts
+    assert counts.compared > 100 and counts.aborted > 5 and counts.replacements > 5, counts
     assert stats.adapter_evictions > 5 and stats.prefix_hits > 20 and stats.preemptions > 0, stats
 
 
