@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"CUDA C++ kernels by {find_nvcc()}\n")
     except BuildError as error:
         sys.stdout.write(f"CUDA C++ kernels: not compiled here, {error}\n")
-        return 0
+        return int(bool(os.environ.get("CUDA_HOME")))  # one that was named and isn't there is a mistake
     try:
         for architecture in ARCHITECTURES:
             for kernel in check(architecture):

@@ -36,10 +36,11 @@ def is_available() -> bool:
     """Where triton is installed, and there is a device that it can run on or its interpreter does."""
     if importlib.util.find_spec("triton") is None:
         return False
-    return bool(torch.cuda.is_available() or _is_interpreted())
+    return bool(torch.cuda.is_available() or is_interpreted())
 
 
-def _is_interpreted() -> bool:
+def is_interpreted() -> bool:
+    """Whether the kernels run in triton's interpreter, on the CPU."""
     triton = sys.modules.get("triton")
     if triton is not None:
         return bool(triton.knobs.runtime.interpret)

@@ -25,7 +25,7 @@ from loadtest.gpu.peers import Peer
 from loadtest.gpu.shapes import LLAMA_8B, TINY, Batch, Shape
 
 COLD_CACHES = 3.0  # sets together are at least so many times the last cache
-MAX_SETS = 256
+MAX_SETS = 1024
 OURS = "ours"
 
 Call = Callable[[int], object]

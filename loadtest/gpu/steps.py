@@ -226,23 +226,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench = Bench(run, limits)
             timed(run, bench, options.only)
     storms: dict[str, dict[str, Any]] = run.extra.get("isolation", {})
-    wrong = sum(storm["wrong"] for fault, storm in storms.items() if fault == "none")
-    unseen = sum(not storm["wrong"] for fault, storm in storms.items() if fault != "none")
+    wrong = sum(storm["wrong"] for fault, storm in storms.items() if fault not in FAULTS)
+    unseen = sum(not storm["wrong"] for fault, storm in storms.items() if fault in FAULTS)
     return run.finish(COLUMNS, summary(run, storms, limits), wrong + unseen)
 
 
 def isolation(run: Run) -> None:
-    """As it is, then broken in two ways: a check that sees neither sees nothing."""
+    """As it is, and with the fused kernel where there is one (named by its backend); then broken in two ways: a check that
+    sees neither sees nothing.
+    """
     setting = TINY_ISOLATION if run.is_tiny else REAL
     found: dict[str, Any] = {}
-    for fault in ("none", "refs", "plan"):
+    own = run.options.backend
+    for name, backend, fault in (
+        ("none", own, "none"),
+        *((other, other, "none") for other in fused.backends_beside(own)),
+        *((fault, own, fault) for fault in FAULTS),
+    ):
         before = len(run.rows)
         run.case(
-            f"isolation, fault {fault}",
-            lambda fault=fault: measure_isolation(run.machine, run.options.backend, setting, run.seed, fault),
+            f"isolation, fault {name}",
+            lambda backend=backend, fault=fault: measure_isolation(run.machine, backend, setting, run.seed, fault),
         )
         for row in run.rows[before:]:
-            found[fault] = row
+            found[name] = row
         del run.rows[before:]
     run.extra["isolation"] = found
 
@@ -268,7 +275,7 @@ def summary(run: Run, storms: dict[str, dict[str, Any]], limits: dict[str, float
             for key, value in storm.items()
             if key not in ("case", "took_s")
         )
-        lines["isolation" if fault == "none" else f"isolation, {FAULTS[fault]}"] = told
+        lines["isolation" if fault == "none" else f"isolation, {FAULTS.get(fault, fault)}"] = told
     met = [row["met"] for row in run.rows if row.get("met") is not None]
     return lines | {
         "goals met": f"{sum(met)} of {len(met)}",

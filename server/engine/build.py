@@ -11,6 +11,7 @@ import torch
 from adapters_store.host import HostCache
 from adapters_store.manifest import BaseManifest, write_manifest
 from kernels.ops import DEFAULT_BACKEND, Backend, backends, get_backend
+from kernels.triton import is_interpreted
 from server.adapters.arena import AdapterArena
 from server.adapters.layer import StepState
 from server.adapters.pinned import PinnedPool
@@ -54,9 +55,9 @@ def build(
     torch.set_num_threads(config.threads or available_cpus())
     device = open_device(config.device)
     backend_name, backend = _backend(config, device)
+    max_rows = max_step_tokens(config)
     manifest, manifest_path = _manifest(config)
     base = load_base(config.model, config.dtype, str(device.where), config.max_model_len)
-    max_rows = max_step_tokens(config)
     memory = size_memory(
         config,
         _free_bytes(base),
@@ -132,9 +133,9 @@ def _backend(config: EngineConfig, device: Device) -> tuple[str, Backend]:
     name: str = config.backend
     if name == "cpu" and config.device != "cpu":
         raise ConfigError(f"--backend cpu does not run on --device {config.device}; leave it out, or use triton")
-    if name == "cuda" and device.streams is None:
+    if device.streams is None and (name == "cuda" or (name == "triton" and not is_interpreted())):
         raise ConfigError(
-            f"--backend cuda does not run on --device {config.device}; leave it out, or use --device cuda"
+            f"--backend {name} does not run on --device {config.device}; leave it out, or use --device cuda"
         )
     try:
         if name == "auto" and config.device != "cpu":
@@ -174,7 +175,9 @@ def _made_ready(
         dtype=base.dtype,
         device=base.device,
     )
-    warm_up(forward, step, shape, max_step_tokens(config))
+    max_rows = max_step_tokens(config)
+    max_head_rows = min(max_rows, config.max_num_seqs + _max_logprob_rows(manifest))
+    warm_up(forward, step, shape, max_rows, max_head_rows)
     return forward if config.enforce_eager else GraphForward(forward, step, shape, device.new_graph)
 
 
@@ -187,11 +190,16 @@ def _limits(config: EngineConfig, base: LoadedBase, manifest: BaseManifest) -> S
         max_adapters_per_step=config.max_adapters_per_step,
         max_model_len=base.max_model_len,
         eos_token_ids=base.eos_token_ids,
-        max_logprob_rows=max(1, MAX_PROMPT_LOGITS // manifest.vocab_size),
+        max_logprob_rows=_max_logprob_rows(manifest),
         max_wait_s=config.max_queue_wait_s,
         rope_switch=base.rope_switch,
         steps_in_flight=config.steps_in_flight or (1 if base.device.type == "cpu" else 2),
     )
+
+
+def _max_logprob_rows(manifest: BaseManifest) -> int:
+    """Rows of a step that give logprobs of prompts, at most."""
+    return max(1, MAX_PROMPT_LOGITS // manifest.vocab_size)
 
 
 def _ready(

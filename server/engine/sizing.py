@@ -31,8 +31,13 @@ class Memory:
 
 
 def max_step_tokens(config: EngineConfig) -> int:
-    """Rows of a step: as asked; else by the device, and at least one for each request."""
+    """Rows of a step: as asked; else by the device, and at least one for each request. Raises ConfigError."""
     if config.max_step_tokens is not None:
+        if config.max_step_tokens < config.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens {config.max_step_tokens} is less than --max-num-seqs "
+                f"{config.max_num_seqs}: a step needs a row for each running request"
+            )
         return config.max_step_tokens
     return max(STEP_TOKENS if config.device == "cpu" else GPU_STEP_TOKENS, config.max_num_seqs)
 

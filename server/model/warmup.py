@@ -21,8 +21,10 @@ logger = logging.getLogger(__name__)
 LONG_CONTEXT = 4096  # positions: kernels cut contexts in pieces, and are compiled for one piece and for several
 
 
-def warm_up(forward: Forward, step: StepState, shape: GraphShape, max_rows: int) -> None:
+def warm_up(forward: Forward, step: StepState, shape: GraphShape, max_rows: int, max_head_rows: int) -> None:
     """Run `forward` on steps of up to `max_rows` rows that belong to nobody, and wait for the device.
+
+    `max_head_rows`: of a step, those with logits: more than one a request where the logprobs of prompts are asked for.
 
     Their KV goes to the dummy block and slot 1 of the table is absent, with whatever rank is claimed for it.
     """
@@ -34,10 +36,11 @@ def warm_up(forward: Forward, step: StepState, shape: GraphShape, max_rows: int)
         lines = torch.zeros(5, max_rows, dtype=torch.int64, device=shape.device)
         for rows, (bucket, num_members) in product(sizes, _plans(shape)):
             step.weights.slot_ranks[1] = bucket
-            for num_decodes, context in _forms(rows, shape):
+            for num_decodes, context, has_logprobs in _forms(rows, shape):
                 starts = _starts(num_decodes, rows, shape)
-                _pose(step, shape, lines, starts, num_decodes, context, num_members)
-                counts = (rows, rows, rows, rows, len(starts) - 1)
+                heads = min(rows, max_head_rows) if has_logprobs else len(starts) - 1
+                _pose(step, shape, lines, starts, num_decodes, context, num_members, heads)
+                counts = (rows, rows, rows, rows, heads)
                 forward(StepInputs(*(line[:length] for line, length in zip(lines, counts, strict=True))))
                 count += 1
         step.weights.slot_ranks[1] = 0
@@ -53,12 +56,15 @@ def _plans(shape: GraphShape) -> list[tuple[int, int]]:
     return [(0, 0), *product(buckets, sorted({1, shape.max_members}))]
 
 
-def _forms(rows: int, shape: GraphShape) -> Iterator[tuple[int, int]]:
-    """(decodes before the prompts' rows, context of the prompts): a prompt, one behind others, some beside decodes."""
-    yield 0, 1
-    yield 0, min(LONG_CONTEXT, shape.max_blocks * shape.block_size)
+def _forms(rows: int, shape: GraphShape) -> Iterator[tuple[int, int, bool]]:
+    """(decodes before the prompts' rows, context of the prompts, whether all rows have logits):
+
+    a prompt with logprobs, one behind others, some beside decodes.
+    """
+    yield 0, 1, True
+    yield 0, min(LONG_CONTEXT, shape.max_blocks * shape.block_size), False
     if rows > 1:
-        yield min(rows // 2, shape.max_num_seqs), 1
+        yield min(rows // 2, shape.max_num_seqs), 1, False
 
 
 def _starts(num_decodes: int, rows: int, shape: GraphShape) -> list[int]:
@@ -74,13 +80,14 @@ def _pose(
     num_decodes: int,
     context: int,
     num_members: int,
+    num_heads: int,
 ) -> None:
     """Set the step's fields: every request has adapters of its own, all of them slot 1's."""
     rows = starts[-1]
     step.segments = step.head_segments = None
     if num_members:
         step.segments = _segments(starts, num_members)
-        step.head_segments = _segments(list(range(len(starts))), num_members)
+        step.head_segments = _segments(list(range(num_heads + 1)), num_members)
     step.rope_lengths = lines[3, :rows]
     counts = [end - start for start, end in pairwise(starts)]
     step.attention = AttentionMetadata(

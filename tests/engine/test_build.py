@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import kernels.cpu
+import kernels.triton
+import server.engine.build
 from kernels import ops
 from server.config import EngineConfig, KernelBackend
 from server.engine.build import _manifest, build
@@ -116,3 +118,13 @@ def test_what_is_captured_at_start(monkeypatch, tmp_path, options, num_graphs):
     assert len(device.graphs) == num_graphs and all(graph.calls for graph in device.graphs)
     core.check_integrity()
     core.close()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_gpus_kernels_do_not_run_on_the_cpu(monkeypatch, tmp_path, backend):
+    """Also on a machine that has a GPU: the first step would fail."""
+    monkeypatch.setattr(kernels.triton, "is_available", lambda: True)
+    monkeypatch.setattr(server.engine.build, "is_interpreted", lambda: False)
+    config = EngineConfig(model=str(tiny_base(tmp_path, "llama")), threads=1, backend=backend)
+    with pytest.raises(ConfigError, match=f"--backend {backend} does not run on --device cpu.*use --device cuda"):
+        build(config)

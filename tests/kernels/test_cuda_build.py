@@ -47,9 +47,19 @@ def test_both_architectures_compile_and_nothing_spills():
         assert "not compiled here, no nvcc" in said and len(said.splitlines()) == 1
 
 
-def test_without_nvcc_the_check_says_so_in_a_line(tmp_path):
+def test_without_nvcc_the_check_says_so_in_a_line(monkeypatch, capsys):
+    def none() -> str:
+        raise BuildError("no nvcc found")
+
+    monkeypatch.setattr(build, "find_nvcc", none)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert build.main(["--check"]) == 0
+    assert capsys.readouterr().out == "CUDA C++ kernels: not compiled here, no nvcc found\n"
+
+
+def test_a_folder_of_cuda_that_is_named_and_has_no_nvcc_is_an_error_of_the_check(tmp_path):
     status, said = checked(CUDA_HOME=str(tmp_path))
-    assert status == 0
+    assert status == 1
     assert said.splitlines() == [
         f"CUDA C++ kernels: not compiled here, no nvcc: CUDA_HOME='{tmp_path}' has no bin/nvcc; correct or unset it"
     ]

@@ -131,6 +131,15 @@ def test_isolation_sees_a_wrong_kernel_and_its_own_faults(tmp_path, monkeypatch)
     assert status == 1 and found["isolation"]["none"]["wrong"] > 0
 
 
+def test_the_fused_kernel_goes_through_the_isolation_storm_too(tmp_path, beside):
+    for lora, is_wrong in ((torch_backend.segmented_lora, False), (_nothing, True)):
+        beside(lora)
+        status, found = run("steps", tmp_path, "--only", "isolation")
+        (other,) = found["isolation"].keys() - {"none", "refs", "plan"}
+        assert found["isolation"][other]["rows checked"] > 50 and found["isolation"]["none"]["wrong"] == 0
+        assert (status, found["isolation"][other]["wrong"] > 0) == (int(is_wrong), is_wrong)
+
+
 def test_a_fault_that_goes_unseen_fails_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "measure_isolation", lambda *arguments: {"wrong": int(arguments[-1] == "plan")})
     status, found = run("steps", tmp_path, "--only", "isolation")

@@ -64,6 +64,11 @@ def test_rows_of_a_step_by_the_device():
     assert [rows("cuda", max_step_tokens=100), rows("cpu", max_step_tokens=5000)] == [100, 5000]
 
 
+def test_fewer_rows_than_requests_are_refused_by_their_flags():
+    with pytest.raises(ConfigError, match=r"--max-num-batched-tokens 10 is less than --max-num-seqs 50"):
+        max_step_tokens(EngineConfig(model="m", max_num_seqs=50, max_step_tokens=10))
+
+
 def test_what_a_step_of_an_8b_model_needs():
     """Of 32 layers only the widest counts; more rows, requests and vocabulary need more."""
     widths = {"q": (4096, 4096), "k": (4096, 1024), "gate": (4096, 14336), "down": (14336, 4096)}
