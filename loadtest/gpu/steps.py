@@ -232,8 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def isolation(run: Run) -> None:
-    """As it is, and with the fused kernel where there is one (named by its backend); then broken in two ways: a check that
-    sees neither sees nothing.
+    """As it is, and with the fused kernel where there is one, named by its backend; then broken in two ways.
+
+    A check that sees neither of these sees nothing.
     """
     setting = TINY_ISOLATION if run.is_tiny else REAL
     found: dict[str, Any] = {}
