@@ -54,7 +54,7 @@ def test_two_thousand_requests(tiny, tmp_path):
     # it was the storm it claims to be
     assert counts.compared > 1000 and counts.aborted > 50 and counts.failed < 200, counts
     assert counts.replacements > 20 and counts.unloads > 20 and counts.removals > 5, counts
-    assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
+    assert stats.adapter_evictions > 50 and stats.preemptions > 10 and stats.prefix_hits > 300, stats
 
 
 def test_with_a_step_scheduled_while_another_runs(tiny, tmp_path):
@@ -87,7 +87,7 @@ def test_two_thousand_requests_in_bf16(tiny, tmp_path):
     assert counts.wrong == 0, counts
     assert counts.compared > 1000 and counts.aborted > 50 and counts.failed < 200, counts
     assert counts.replacements > 20 and counts.unloads > 20 and counts.removals > 5, counts
-    assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
+    assert stats.adapter_evictions > 50 and stats.preemptions > 10 and stats.prefix_hits > 300, stats
 
 
 @pytest.mark.timeout(900)
