@@ -28,10 +28,10 @@ def tiny(tmp_path_factory):
 
 
 def tiny_world(tiny, root, seed, **config) -> World:
-    """16 names over an arena for a quarter of them, and KV blocks for about a third of the open requests."""
+    """16 names over an arena for less than a quarter of them, and KV blocks for about a third of the open requests."""
     base, oracle = tiny
     options = {
-        "adapter_memory": 4 * 96 * 1024,
+        "adapter_memory": 3 * 96 * 1024,
         "block_size": 4,
         "kv_memory": 64 * 4 * (2 * 2 * 2 * 16 * 4),  # 64 blocks of 4 positions: layers, k|v, heads, dim, fp32
         "max_num_seqs": 24,
@@ -45,16 +45,16 @@ def tiny_world(tiny, root, seed, **config) -> World:
 
 def test_two_thousand_requests(tiny, tmp_path):
     world = tiny_world(tiny, tmp_path, seed=1)
-    counts = world.run(2000, max_open=32)
+    counts = world.run(2000, max_open=32, disturbances=0.1)
     stats = world.driver.core.step().stats
     world.driver.assert_nothing_leaked()
     world.close()
     print(counts, stats)
     assert counts.wrong == 0, counts
     # it was the storm it claims to be
-    assert counts.compared > 1000 and counts.aborted > 50 and counts.failed < 200, counts
+    assert counts.compared > 1500 and counts.aborted > 50 and counts.failed < 200, counts
     assert counts.replacements > 20 and counts.unloads > 20 and counts.removals > 5, counts
-    assert stats.adapter_evictions > 50 and stats.preemptions > 10 and stats.prefix_hits > 300, stats
+    assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
 
 
 def test_with_a_step_scheduled_while_another_runs(tiny, tmp_path):
@@ -66,7 +66,7 @@ def test_with_a_step_scheduled_while_another_runs(tiny, tmp_path):
     world.close()
     print(counts, stats)
     assert counts.wrong == 0, counts
-    assert counts.compared > 350 and counts.aborted > 15 and counts.replacements > 5 and counts.unloads > 5, counts
+    assert counts.compared > 500 and counts.aborted > 15 and counts.replacements > 5 and counts.unloads > 5, counts
     assert stats.adapter_evictions > 30 and stats.preemptions > 5 and stats.prefix_hits > 100, stats
 
 
@@ -76,18 +76,18 @@ def test_two_thousand_requests_in_bf16(tiny, tmp_path):
     config = {"dtype": "bfloat16", "threads": 1, "backend": "cpu"}
     oracle = exact.alone(base, tmp_path / "alone", **config)
     assert oracle.agreement(exact) > 0.9 and oracle.share_distinct > 0.9
-    halves = {"adapter_memory": 4 * 48 * 1024, "kv_memory": 64 * 4 * (2 * 2 * 2 * 16 * 2)}
+    halves = {"adapter_memory": 3 * 48 * 1024, "kv_memory": 64 * 4 * (2 * 2 * 2 * 16 * 2)}
     world = tiny_world((base, oracle), tmp_path, seed=4, **config, **halves)
     assert isinstance(world.driver.core._runner._forward, NativeForward)
-    counts = world.run(2000, max_open=32)
+    counts = world.run(2000, max_open=32, disturbances=0.1)
     stats = world.driver.core.step().stats
     world.driver.assert_nothing_leaked()
     world.close()
     print(counts, stats)
     assert counts.wrong == 0, counts
-    assert counts.compared > 1000 and counts.aborted > 50 and counts.failed < 200, counts
+    assert counts.compared > 1500 and counts.aborted > 50 and counts.failed < 200, counts
     assert counts.replacements > 20 and counts.unloads > 20 and counts.removals > 5, counts
-    assert stats.adapter_evictions > 50 and stats.preemptions > 10 and stats.prefix_hits > 300, stats
+    assert stats.adapter_evictions > 100 and stats.preemptions > 20 and stats.prefix_hits > 300, stats
 
 
 @pytest.mark.timeout(900)
@@ -117,7 +117,7 @@ def test_demo_base(tmp_path_factory, tmp_path):
     world.close()
     print(counts, stats)
     assert counts.wrong == 0, counts
-    assert counts.compared > 100 and counts.aborted > 5 and counts.replacements > 5, counts
+    assert counts.compared > 140 and counts.aborted > 5 and counts.replacements > 5, counts
     assert stats.adapter_evictions > 5 and stats.prefix_hits > 20 and stats.preemptions > 0, stats
 
 

@@ -49,7 +49,7 @@ def check(counts: Counts, stats: StepStats) -> None:
     print(counts, stats)
     assert counts.wrong == 0, counts
     # it was the storm it claims to be
-    assert counts.compared > 100 and counts.aborted > 5 and counts.failed < 30, counts
+    assert counts.compared > 140 and counts.aborted > 5 and counts.failed < 30, counts
     assert stats.adapter_evictions > 10 and stats.preemptions > 0, stats
 
 

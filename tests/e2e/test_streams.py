@@ -28,7 +28,7 @@ NUM_GONE = NUM_LEAVING // 10  # of the leaving, those that go before anything ca
 NUM_FILES = 4 * NUM_STREAMS
 PROMPTS = ["f", "d", "b", "j"]  # one token each: a step has as many rows as requests
 MAX_TOKENS = 400  # of a stalled stream: with 20 logprobs more bytes than all buffers on the way hold
-WAIT_S = 200.0
+WAIT_S = 120.0
 
 
 @pytest.fixture
