@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -15,11 +15,9 @@ from kernels import triton
 from kernels.cuda.check import is_right
 from kernels.cuda.lora import Lora
 from kernels.ops import Backend
-from kernels.types import AttentionMetadata, Segments, SiteGroup, SlotWeights
+from kernels.types import Segments, SiteGroup, SlotWeights
 
 log = logging.getLogger(__name__)
-
-__all__ = ["is_available", "lora", "paged_attention", "segmented_embedding", "segmented_lora", "write_kv"]
 
 
 @functools.cache
@@ -58,30 +56,8 @@ def segmented_lora(
     found.segmented_lora(y, x, weights, group, segments)
 
 
-def segmented_embedding(y: torch.Tensor, ids: torch.Tensor, weights: SlotWeights, row: int, segments: Segments) -> None:
-    """See kernels/ops.py."""
-    triton.segmented_embedding(y, ids, weights, row, segments)
-
-
-def write_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """See kernels/ops.py."""
-    triton.write_kv(k, v, k_cache, v_cache, slot_mapping)
-
-
-def paged_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    meta: AttentionMetadata,
-    *,
-    scale: float,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """See kernels/ops.py."""
-    return triton.paged_attention(
-        q, k_cache, v_cache, meta, scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks
-    )
+def __getattr__(name: str) -> Any:
+    """The other ops are Triton's, and come here when they are first asked for, as they do there."""
+    if name not in triton.OPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(triton, name)
