@@ -18,8 +18,11 @@ from typing import TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-NICENESS = 15
+NICENESS = 10
 """not the most: the event loop waits for the interpreter's lock while a thread that has it is kept from a processor"""
+NUM_THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
+"""more than processors get little more done where the disk keeps up, and each may have the interpreter's lock when the
+loop wants it"""
 
 
 def give_way(niceness: int = NICENESS) -> None:
@@ -30,7 +33,7 @@ def give_way(niceness: int = NICENESS) -> None:
             os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
-RAW_THREADS = ThreadPoolExecutor(8, thread_name_prefix="raw", initializer=give_way)
+RAW_THREADS = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="raw", initializer=give_way)
 """One for all sources and the tier: the bound is the process's. Threads start when they are needed."""
 
 
