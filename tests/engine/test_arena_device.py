@@ -196,8 +196,8 @@ def test_random_loads_moves_and_evictions_between_steps_in_flight(tmp_path, host
                 ending.remove((slot, last))
                 rig.slots.release(slot)
         assert rig.slots.poll() == []
-        if number % 20 == 0:
-            time.sleep(0.002)
+        if number % 10 == 0:  # loads go on beside the other steps, and end however busy the machine is
+            assert rig.wait() == []
     rig.wait()
     rig.check()
     assert rig.slots.loads > 20 and rig.slots.evictions > 5 and not rig.streams.races
