@@ -250,8 +250,8 @@ def test_random_loads_evictions_and_drops_on_the_real_thread(tmp_path):
         for slot, kept in held:
             rig.check_tensors(slot, kept)
         if step % 20 == 0:
+            assert rig.wait() == []  # loads go on beside the other steps, and end however busy the machine is
             rig.check()
-            time.sleep(0.002)
     rig.wait()
     rig.check()
     assert rig.slots.loads > 20 and rig.slots.evictions > 5
