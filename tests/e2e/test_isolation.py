@@ -31,7 +31,7 @@ def tiny_world(tiny, root, seed, **config) -> World:
     """16 names over an arena for less than a quarter of them, and KV blocks for about a third of the open requests."""
     base, oracle = tiny
     options = {
-        "adapter_memory": 3 * 96 * 1024,
+        "adapter_memory": 5 * 48 * 1024,
         "block_size": 4,
         "kv_memory": 64 * 4 * (2 * 2 * 2 * 16 * 4),  # 64 blocks of 4 positions: layers, k|v, heads, dim, fp32
         "max_num_seqs": 24,
@@ -59,8 +59,8 @@ def test_two_thousand_requests(tiny, tmp_path):
 
 def test_with_a_step_scheduled_while_another_runs(tiny, tmp_path):
     """The same storm where rows follow draws that are not collected, as on a GPU."""
-    world = tiny_world(tiny, tmp_path, seed=5, steps_in_flight=2)
-    counts = world.run(700, max_open=32)
+    world = tiny_world(tiny, tmp_path, seed=5, steps_in_flight=2, kv_memory=48 * 4 * (2 * 2 * 2 * 16 * 4))
+    counts = world.run(700, max_open=32, disturbances=0.1)
     stats = world.driver.core.step().stats
     world.driver.assert_nothing_leaked()
     world.close()
@@ -76,7 +76,7 @@ def test_two_thousand_requests_in_bf16(tiny, tmp_path):
     config = {"dtype": "bfloat16", "threads": 1, "backend": "cpu"}
     oracle = exact.alone(base, tmp_path / "alone", **config)
     assert oracle.agreement(exact) > 0.9 and oracle.share_distinct > 0.9
-    halves = {"adapter_memory": 3 * 48 * 1024, "kv_memory": 64 * 4 * (2 * 2 * 2 * 16 * 2)}
+    halves = {"adapter_memory": 5 * 24 * 1024, "kv_memory": 64 * 4 * (2 * 2 * 2 * 16 * 2)}
     world = tiny_world((base, oracle), tmp_path, seed=4, **config, **halves)
     assert isinstance(world.driver.core._runner._forward, NativeForward)
     counts = world.run(2000, max_open=32, disturbances=0.1)
