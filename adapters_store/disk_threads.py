@@ -15,12 +15,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar, TypeVarTuple
 
+from adapters_store.cpus import available_cpus
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 NICENESS = 10
 """not the most: the event loop waits for the interpreter's lock while a thread that has it is kept from a processor"""
-NUM_THREADS = max(2, min(8, len(os.sched_getaffinity(0))))
+NUM_THREADS = max(2, min(8, available_cpus()))
 """more than processors get little more done where the disk keeps up, and each may have the interpreter's lock when the
 loop wants it"""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from adapters_store.cpus import available_cpus
 from adapters_store.host import HostCache
 from adapters_store.manifest import BaseManifest, write_manifest
 from kernels.ops import DEFAULT_BACKEND, Backend, backends, get_backend
@@ -16,7 +17,7 @@ from server.adapters.arena import AdapterArena
 from server.adapters.layer import StepState
 from server.adapters.pinned import PinnedPool
 from server.adapters.slots import AdapterSlots, SlotDevice
-from server.config import EngineConfig, available_cpus, available_memory, default_cache_dir, format_bytes
+from server.config import EngineConfig, available_memory, default_cache_dir, format_bytes
 from server.engine.batch import BatchBuilder
 from server.engine.blocks import BlockPool
 from server.engine.core import EngineCore

@@ -12,8 +12,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from adapters_store.chat_template import AdapterTemplate, named_tokens, template_of_config, token_text
+from adapters_store.cpus import available_cpus
 from adapters_store.sources.folder import TEMPLATE_FILE
-from server.config import available_cpus, default_cache_dir
+from server.config import default_cache_dir
 from server.errors import BadRequest, ConfigError, ContextLengthExceeded
 from server.text.bytelevel import ByteLevelDetokenizer, byte_tables
 from server.text.convert import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, ensure_tokenizer, read_json_object

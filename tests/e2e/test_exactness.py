@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.config import available_cpus
+from adapters_store.cpus import available_cpus
 from server.demo import ensure_demo_base
 from server.engine.messages import SamplingParams
 from tests.driver import Driver

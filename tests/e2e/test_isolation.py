@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.config import available_cpus
+from adapters_store.cpus import available_cpus
 from server.demo import ensure_demo_base
 from server.engine.messages import SamplingParams
 from server.model.forward import NativeForward

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from adapters_store import cpus
 from adapters_store.raw import RawFiles
-from server import cli, config, launch
+from server import cli, launch
 from server.banner import warnings_of
-from server.config import EngineConfig, KernelBackend, ServerConfig, available_cpus
+from server.config import EngineConfig, KernelBackend, ServerConfig
 from server.errors import ConfigError
 
 
@@ -196,12 +197,12 @@ def test_open_to_others_without_a_key_is_said(host, keys, is_warned):
 )
 def test_the_cgroups_cpu_quota_bounds_the_threads(tmp_path, monkeypatch, text, quota):
     (tmp_path / "cpu.max").write_text(text + "\n")
-    found = config._cgroup_quota(tmp_path / "cpu.max")
+    found = cpus._cgroup_quota(tmp_path / "cpu.max")
     assert found == quota
-    monkeypatch.setattr(config, "_cgroup_quota", lambda: found)
+    monkeypatch.setattr(cpus, "_cgroup_quota", lambda: found)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)))
-    assert available_cpus() == {None: 3, 1.5: 1, 0.5: 1, 4.0: 3}[quota]
+    assert cpus.available_cpus() == {None: 3, 1.5: 1, 0.5: 1, 4.0: 3}[quota]
 
 
 def test_without_a_cgroup_file_there_is_no_quota(tmp_path):
-    assert config._cgroup_quota(tmp_path / "missing") is None
+    assert cpus._cgroup_quota(tmp_path / "missing") is None
